@@ -1,0 +1,76 @@
+"""Criteria: which weights matter.
+
+A criterion scores every prunable weight; the highest scores stay. It may see the weights at
+initialization (theta_0) and after training (theta_T). Scores are finite, of the weights' shape.
+
+    scores = Magnitude().score(Evidence(initial, trained, seed=0, level=1), names)
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from windfall import seeds
+from windfall.masks import Params, Scores
+from windfall.spec import FAMILY, Spec
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Args:
+        initial: theta_0, the parameters the network was initialized with.
+        trained: theta_T, the parameters at the end of training.
+        seed: the run's seed.
+        level: the level whose mask is sought, at least 1.
+    """
+
+    initial: Params
+    trained: Params
+    seed: int
+    level: int
+
+
+class Magnitude(Spec):
+    """Keep the weights that ended large: s = |theta_T|.
+
+    Source: Frankle & Carbin 2019 (1803.03635), section 2; `large_final` of Zhou et al. 2019.
+    """
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """Scores per weight name."""
+        return {name: evidence.trained[name].abs() for name in names}
+
+
+class Random(Spec):
+    """Keep weights at random: s ~ U(0, 1) from the stream `prune` of the seed and level."""
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """Scores per weight name."""
+        return {
+            name: _uniform(evidence, index, evidence.trained[name])
+            for index, name in enumerate(names)
+        }
+
+
+class MagnitudeIncrease(Spec):
+    """Keep the weights that grew most: s = |theta_T| - |theta_0|.
+
+    Source: Zhou et al. 2019 (1905.01067), section 3.
+    """
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """Scores per weight name."""
+        return {name: evidence.trained[name].abs() - evidence.initial[name].abs() for name in names}
+
+
+def _uniform(evidence: Evidence, index: int, like: Tensor) -> Tensor:
+    draws = seeds.stream(evidence.seed, "prune", evidence.level, index).random(like.numel())
+    return torch.from_numpy(draws).reshape(like.shape)
+
+
+Criterion = Annotated[Magnitude | Random | MagnitudeIncrease, FAMILY]
