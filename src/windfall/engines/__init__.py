@@ -1,0 +1,1 @@
+"""Engines: programs that train networks, all of one contract (`windfall.train`)."""

@@ -1,0 +1,98 @@
+"""Runs: what one training is, completely, and where it starts.
+
+A run is named by what it is: its address is the SHA-256 of its spec, which holds the model, the
+data (with the hash of its tensors), the recipe, the start and the seed, and nothing else. A start
+that was pruned names its parent by address, so an address stands for a whole chain of trainings.
+
+    dense = Run(model="lenet-300-100", data="mnist", data_sha256=..., recipe=..., seed=0)
+    ticket = dense.model_copy(update={"start": Pruned(parent=dense.address, level=1)})
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from windfall.data import Data
+from windfall.initialize import GlorotNormal, Initialization
+from windfall.models import Model
+from windfall.prune import Continue, LearningRate, Prune, Rewind, ToStep
+from windfall.spec import FAMILY, Spec
+from windfall.train import Recipe
+
+Address = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Fresh(Spec):
+    """A network newly initialized.
+
+    Args:
+        initialization: the distribution its weights are drawn from.
+        stream: the random stream of the draws, `init` (theta_0) or `reinit` (theta_0').
+        seed: of the draws; None is the run's own.
+    """
+
+    initialization: Initialization = GlorotNormal()
+    stream: Literal["init", "reinit"] = "init"
+    seed: int | None = Field(default=None, ge=0)
+
+
+class Pruned(Spec):
+    """A network whose mask was found by pruning a trained parent.
+
+    Args:
+        parent: address of the run that was trained and pruned.
+        prune: how.
+        level: the level of the mask found, at least 1.
+        arrange: `found` as it was; `shuffled` inside each tensor; `uniform`: the same total count
+            spread over all tensors at one density, at random positions.
+        weights: where the survivors start: rewound in the parent's chain, or drawn afresh.
+    """
+
+    parent: Address
+    prune: Prune = Prune()
+    level: int = Field(ge=1)
+    arrange: Literal["found", "shuffled", "uniform"] = "found"
+    weights: Annotated[Rewind | Fresh, FAMILY] = ToStep()
+
+
+Start = Annotated[Fresh | Pruned, FAMILY]
+
+
+class Run(Spec):
+    """One training.
+
+    Args:
+        model: the network.
+        data: the data set and its split.
+        data_sha256: hash of the data set's decoded tensors.
+        recipe: how it is trained.
+        start: where it starts.
+        seed: names the streams of initialization, data order, augmentation, pruning.
+    """
+
+    model: Model
+    data: Data
+    data_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    recipe: Recipe
+    start: Start = Fresh()
+    seed: int = Field(ge=0)
+
+    @property
+    def parent(self) -> str | None:
+        """The address of the run it was pruned from."""
+        return self.start.parent if isinstance(self.start, Pruned) else None
+
+    @property
+    def clock(self) -> tuple[int, int]:
+        """The first step of its training and the one after the last."""
+        total = self.recipe.steps
+        weights = self.start.weights if isinstance(self.start, Pruned) else self.start
+        match weights:
+            case ToStep():
+                return weights.step, total
+            case LearningRate():
+                return total - weights.steps, total
+            case Continue():
+                return total, total + weights.steps
+            case Fresh():
+                return 0, total
