@@ -1,0 +1,210 @@
+"""Arms: what a ticket is compared with, and what each comparison isolates.
+
+An arm says which run stands for it at a level, given a `Family` of runs that share one seed and
+differ in exactly one thing. Level 0 of every arm is the dense run.
+
+    family = Family(base, Prune(), GlorotNormal(), seed=0, one_shot=False)
+    family.runs[Reinit().run(family, level=3)]
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from windfall import prune as pruning
+from windfall.initialize import Initialization
+from windfall.prune import Prune, ToStep
+from windfall.runs import Fresh, Pruned, Run, Start
+from windfall.spec import FAMILY, Spec
+
+SHIFT = 100_000  # seeds of the other orders and inits; the seeds of a study are below it
+
+
+class Family:
+    """The runs of one seed, by address, each made once and after its parent.
+
+    Args:
+        base: a run of the study's model, data and recipe; its start and seed are replaced.
+        prune: how masks are found.
+        initialization: of theta_0 and theta_0'.
+        seed: of the study, 0 to num_seeds - 1.
+        one_shot: prune the dense run at every level, not the level before.
+    """
+
+    def __init__(
+        self, base: Run, prune: Prune, initialization: Initialization, seed: int, *, one_shot: bool
+    ) -> None:
+        self.base, self.prune, self.initialization = base, prune, initialization
+        self.seed, self.one_shot = seed, one_shot
+        self.runs: dict[str, Run] = {}
+        self._chains: dict[tuple[str, Spec, int], str] = {}
+
+    def dense(self, *, init: int | None = None, order: int | None = None) -> str:
+        """The dense run, of another initialization or another data order when given."""
+        start = Fresh(initialization=self.initialization, seed=init)
+        return self._add(start, self.seed if order is None else order)
+
+    def chain(self, root: str, rewind: pruning.Rewind, level: int) -> str:
+        """The run at a level of the chain of `rewind` that begins with the dense run `root`."""
+        if level == 0:
+            return root
+        name = (root, rewind, level)
+        if name not in self._chains:
+            parent = self.chain(root, rewind, 0 if self.one_shot else level - 1)
+            self._chains[name] = self._pruned(parent, level, weights=rewind)
+        return self._chains[name]
+
+    def on_ticket_mask(self, level: int, **how: Any) -> str:
+        """A run on the mask that the ticket chain finds for a level."""
+        parent = self.chain(self.dense(), ToStep(), 0 if self.one_shot else level - 1)
+        return self._pruned(parent, level, **how)
+
+    def fresh(self) -> Fresh:
+        """theta_0', the same for every control of a seed."""
+        return Fresh(initialization=self.initialization, stream="reinit")
+
+    def _pruned(self, parent: str, level: int, **how: Any) -> str:
+        start = Pruned(parent=parent, prune=self.prune, level=level, **how)
+        return self._add(start, self.runs[parent].seed)
+
+    def _add(self, start: Start, seed: int) -> str:
+        run = self.base.model_copy(update={"start": start, "seed": seed})
+        address = run.address
+        self.runs.setdefault(address, run)
+        return address
+
+
+class Dense(Spec):
+    """The unpruned network, level 0: the reference. It belongs to every study."""
+
+    def run(self, family: Family, level: int) -> str:  # noqa: ARG002  the family's signature
+        """The run's address, the same at every level."""
+        return family.dense()
+
+
+class Ticket(Spec):
+    """The chain's mask and theta_0: the lucky initialization."""
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.chain(family.dense(), ToStep(), level)
+
+
+class Rewind(Spec):
+    """A chain of its own, whose survivors return elsewhere than to theta_0: luck after k steps.
+
+    Args:
+        to: where they return.
+    """
+
+    to: pruning.Rewind = ToStep(step=100)
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.chain(family.dense(), self.to, level)
+
+
+class Finetune(Spec):
+    """The ticket's mask on the trained weights it was found in: inherited weights.
+
+    Args:
+        fraction: of the recipe's steps, in (0, 1].
+        replay: replay the end of the learning-rate schedule, or go on at its last rate.
+    """
+
+    fraction: float = Field(default=0.25, gt=0, le=1)
+    replay: bool = True
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        steps = max(1, round(family.base.recipe.steps * self.fraction))
+        how = pruning.LearningRate if self.replay else pruning.Continue
+        return family.on_ticket_mask(level, weights=how(steps=steps))
+
+
+class Reinit(Spec):
+    """The ticket's mask and theta_0': the found architecture alone."""
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=family.fresh())
+
+
+class Shuffled(Spec):
+    """The ticket's mask permuted inside each layer, and theta_0': layer-wise densities alone."""
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=family.fresh(), arrange="shuffled")
+
+
+class Random(Spec):
+    """The ticket's count spread uniformly over layers, and theta_0': the parameter count alone."""
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=family.fresh(), arrange="uniform")
+
+
+class OtherOrder(Spec):
+    """A ticket chain of the same theta_0 that sees the data in another order."""
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        root = family.dense(init=family.seed, order=SHIFT + family.seed)
+        return family.chain(root, ToStep(), level)
+
+
+class OtherInit(Spec):
+    """A ticket chain of another theta_0 that sees the data in the same order."""
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.chain(family.dense(init=SHIFT + family.seed), ToStep(), level)
+
+
+Arm = Annotated[
+    Dense | Ticket | Rewind | Finetune | Reinit | Shuffled | Random | OtherOrder | OtherInit,
+    FAMILY,
+]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A comparison and what it isolates.
+
+    Args:
+        name: of the effect.
+        arm: the arm claimed to be better.
+        against: the arm it is compared with.
+        reads: the question it answers.
+        claim: `superior`, or `non-inferior` within the margin.
+        measures: `training` (accuracies, early stop) or `overlap` (of masks).
+    """
+
+    name: str
+    arm: str
+    against: str
+    reads: str
+    claim: Literal["superior", "non-inferior"] = "superior"
+    measures: Literal["training", "overlap"] = "training"
+
+
+EFFECTS = (
+    Effect(
+        "matching", "ticket", "dense", "is the ticket as good as the dense network?", "non-inferior"
+    ),
+    Effect("weights", "finetune", "reinit", "is it what the weights learned?"),
+    Effect("initialization", "ticket", "reinit", "is it luck?"),
+    Effect("connectivity", "reinit", "shuffled", "is it which connections?"),
+    Effect("allocation", "shuffled", "random", "is it how many in which layer?"),
+    Effect("architecture", "reinit", "random", "is it the architecture, the two together?"),
+    Effect("rewinding", "rewind", "ticket", "is it luck after the first steps?"),
+    Effect(
+        "same-init", "other-order", "other-init", "does theta_0 fix the mask?", measures="overlap"
+    ),
+    Effect(
+        "above-chance", "other-init", "chance", "is there overlap without it?", measures="overlap"
+    ),
+)

@@ -1,0 +1,410 @@
+"""The executor: trains what a graph of runs still lacks, on local worker processes.
+
+It knows processes and nothing of pruning. Every run goes to a worker as soon as its parent is
+stored, the longest chain first. A worker that dies costs one retry of its run; then the run has
+failed, with its reason, and so have its descendants, and all others go on.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windfall.models import is_importable
+from windfall.runs import Run
+from windfall.spec import Json, SpecError, canonical
+from windfall.store import Lab
+from windfall.study import Graph
+from windfall.worker import Job, Stopped, Workshop
+
+GRACE_SECONDS = 20.0  # for workers to save their checkpoints after Ctrl-C, before they are killed
+RETRIES = 1  # of a run whose worker died
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a study; everything finished is kept, the rest has checkpoints."""
+
+
+@dataclass
+class Progress:
+    """How far an execution is.
+
+    Args:
+        total: number of runs.
+        finished: number of runs that are stored, found or trained.
+        work: of all runs that had to be trained, in steps.
+        worked: of it, done.
+        seconds: since the beginning.
+        message: something to tell the user once, or None.
+    """
+
+    total: int
+    finished: int = 0
+    work: int = 0
+    worked: int = 0
+    seconds: float = 0.0
+    message: str | None = None
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """An estimate from the work done so far; None before there is any."""
+        return self.seconds * (self.work - self.worked) / self.worked if self.worked else None
+
+
+Watch = Callable[[Progress], None]
+
+
+@dataclass
+class Outcome:
+    """What an execution did.
+
+    Args:
+        reused: number of runs found stored.
+        trained: number of runs trained now.
+        failures: reasons of the runs that failed, by address.
+    """
+
+    reused: int = 0
+    trained: int = 0
+    failures: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def pick_device(name: str) -> str:
+    """The device that `auto`, `cpu` or `cuda` means on this machine.
+
+    Raises:
+        SpecError: when it is not there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise SpecError(f"`--device` must be auto, cpu or cuda; got {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError("`--device` must be one this machine has; got cuda. Use cpu or auto.")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Queue:
+    """Which runs are to be done, which are ready, and in what order."""
+
+    def __init__(self, graph: Graph, lab: Lab) -> None:
+        self.runs = graph.runs
+        stored = lab.records(graph.runs)
+        self.done = {a for a, r in stored.items() if graph.keep[a] <= set(r.snapshots)}
+        self.reused = len(stored)
+        self.waiting = [address for address in graph.runs if address not in self.done]
+        self.failed: dict[str, str] = {}
+        self.deaths = Counter[str]()
+        self.busy_until: dict[str, float] = {}
+        height = dict.fromkeys(graph.runs, 0)
+        for address in reversed(graph.runs):
+            parent = graph.runs[address].parent
+            if parent is not None:
+                height[parent] = max(height[parent], height[address] + 1)
+        self.waiting.sort(key=lambda address: -height[address])
+
+    def work(self, address: str) -> int:
+        first, last = self.runs[address].clock
+        return last - first
+
+    def take(self) -> str | None:
+        """The next run that can be trained now."""
+        clock = time.monotonic()
+        for address in self.waiting:
+            parent = self.runs[address].parent
+            if (parent is None or parent in self.done) and self.busy_until.get(address, 0) <= clock:
+                self.waiting.remove(address)
+                return address
+        return None
+
+    def finish(self, address: str) -> None:
+        self.done.add(address)
+
+    def put_back(self, address: str, wait_seconds: float = 0.0) -> None:
+        self.busy_until[address] = time.monotonic() + wait_seconds
+        self.waiting.insert(0, address)
+
+    def fail(self, address: str, reason: str) -> None:
+        """A run failed: so have all that descend from it."""
+        self.failed[address] = reason
+        for child in [a for a in self.waiting if self.runs[a].parent == address]:
+            self.waiting.remove(child)
+            self.fail(child, f"its parent {address[:12]} failed: {reason}")
+
+    def abandon(self, reason: str) -> None:
+        """Nothing more can be trained."""
+        for address in self.waiting:
+            self.failed.setdefault(address, reason)
+        self.waiting.clear()
+
+
+class _Worker:
+    """A worker process and the run it is at."""
+
+    def __init__(self, lab: Lab, device: str) -> None:
+        paths = [str(Path.cwd()), *sys.path, os.environ.get("PYTHONPATH", "")]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        path = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "windfall.worker", str(lab.folder.resolve()), device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **threads, "PYTHONPATH": path},
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self.stdout.fileno(), False)
+        self.partial = b""
+        self.address: str | None = None
+        self.step = 0
+
+    def send(self, message: Json) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its death is heard as the end of its output
+            self.stdin.write(canonical(message).encode() + b"\n")
+            self.stdin.flush()
+
+    def heard(self) -> list[Json] | None:
+        """The events since the last call; None when the process has ended."""
+        chunk = self.stdout.read()
+        if chunk == b"":
+            return None
+        *lines, self.partial = (self.partial + (chunk or b"")).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def end(self) -> str:
+        """Wait for the process and say how it ended."""
+        self.stdin.close()
+        code = self.process.wait()
+        self.stdout.close()
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            return f"its worker was killed by {name}{hint}"
+        return f"its worker ended with exit code {code}"
+
+
+class _Pool:
+    """Workers, the queue they serve, and what has come of it."""
+
+    def __init__(self, graph: Graph, lab: Lab, num: int, device: str, watch: Watch) -> None:
+        self.graph, self.lab, self.num, self.device, self.watch = graph, lab, num, device, watch
+        self.queue = _Queue(graph, lab)
+        self.outcome = Outcome(reused=self.queue.reused)
+        work = sum(map(self.queue.work, self.queue.waiting))
+        self.progress = Progress(len(graph.runs), len(self.queue.done), work)
+        self.begun = time.monotonic()
+        self.settled = 0
+        self.selector = selectors.DefaultSelector()
+        self.workers: list[_Worker] = []
+
+    def run(self, stopping: threading.Event) -> Outcome:
+        try:
+            while not stopping.is_set() and (self.queue.waiting or self._is_active()):
+                self._assign()
+                self._listen(0.2)
+                self._report()
+            if stopping.is_set():
+                self._stop()
+                raise Interrupted
+        finally:
+            for worker in self.workers:
+                worker.process.kill()
+                worker.end()
+        for address, reason in self.queue.failed.items():
+            with contextlib.suppress(OSError):  # a full disk cannot keep the reason either
+                self.lab.fail(address, reason)
+        self.outcome.failures = self.queue.failed
+        self._report()
+        return self.outcome
+
+    def _is_active(self) -> bool:
+        return any(worker.address is not None for worker in self.workers)
+
+    def _assign(self) -> None:
+        idle = [worker for worker in self.workers if worker.address is None]
+        while self.queue.waiting and (idle or len(self.workers) < self.num):
+            address = self.queue.take()
+            if address is None:
+                return
+            worker = idle.pop() if idle else self._hire()
+            worker.address, worker.step = address, self.graph.runs[address].clock[0]
+            job = Job(self.graph.runs[address], address, self.graph.keep[address])
+            worker.send(job.to_json())
+
+    def _hire(self) -> _Worker:
+        worker = _Worker(self.lab, self.device)
+        self.workers.append(worker)
+        self.selector.register(worker.stdout, selectors.EVENT_READ, worker)
+        return worker
+
+    def _listen(self, seconds: float) -> None:
+        if not self.workers:
+            time.sleep(seconds)
+        for key, _ in self.selector.select(seconds):
+            worker: _Worker = key.data
+            events = worker.heard()
+            if events is None:
+                self._bury(worker)
+            for event in events or ():
+                self._hear(worker, event)
+
+    def _hear(self, worker: _Worker, event: Json) -> None:
+        if event["event"] == "step":
+            worker.step = event["step"]
+        if event["event"] != "end" or worker.address is None:
+            return
+        address, result, worker.address = worker.address, event["result"], None
+        if result == "busy":
+            self.queue.put_back(address, wait_seconds=0.5)
+            return
+        if result in ("trained", "reused"):
+            self.queue.finish(address)
+            self.progress.finished += 1
+            self.outcome.trained += result == "trained"
+            self.outcome.reused += result == "reused" and self.lab.record(address) is None
+        else:
+            self.queue.fail(address, event["reason"])
+        if result == "full":
+            self.queue.abandon("not trained: no space is left where the lab is")
+        self.settled += self.queue.work(address)
+
+    def _bury(self, worker: _Worker) -> None:
+        self.selector.unregister(worker.stdout)
+        self.workers.remove(worker)
+        reason, address = worker.end(), worker.address
+        if address is None:
+            return
+        self.queue.deaths[address] += 1
+        if self.queue.deaths[address] > RETRIES:
+            self.queue.fail(address, reason)
+            self.settled += self.queue.work(address)
+        else:
+            self.progress.message = f"run {address[:12]}: {reason}; it is tried once more"
+            self.queue.put_back(address)
+
+    def _report(self) -> None:
+        active = [w for w in self.workers if w.address is not None]
+        firsts = {w: self.graph.runs[w.address].clock[0] for w in active if w.address}
+        self.progress.worked = self.settled + sum(w.step - first for w, first in firsts.items())
+        self.progress.seconds = time.monotonic() - self.begun
+        self.watch(self.progress)
+        self.progress.message = None
+
+    def _stop(self) -> None:
+        for worker in self.workers:
+            worker.send({"stop": True})
+        limit = time.monotonic() + GRACE_SECONDS
+        while self.workers and time.monotonic() < limit:
+            self._listen(0.2)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second ends the process as ever."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def stop(*_: Any) -> None:
+        stopping.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = [(s, signal.signal(s, stop)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield stopping
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _in_process(
+    graph: Graph, lab: Lab, device: str, watch: Watch, stopping: threading.Event
+) -> Outcome:
+    """Train in this process: for networks that no other process can build."""
+    queue, workshop = _Queue(graph, lab), Workshop(lab, device)
+    outcome = Outcome(reused=queue.reused)
+    work = sum(map(queue.work, queue.waiting))
+    progress = Progress(len(graph.runs), len(queue.done), work)
+    progress.message = "the network cannot be imported by name: it trains in this process alone"
+    begun = time.monotonic()
+    while queue.waiting:
+        address = queue.take()
+        if address is None:
+            time.sleep(0.2)
+            continue
+        run, settled = graph.runs[address], progress.worked
+
+        def pulse(step: int, run: Run = run, settled: int = settled) -> bool:
+            progress.worked = settled + step - run.clock[0]
+            progress.seconds = time.monotonic() - begun
+            watch(progress)
+            progress.message = None
+            return stopping.is_set()
+
+        try:
+            result = workshop.perform(Job(run, address, graph.keep[address]), pulse)
+        except Stopped:
+            raise Interrupted from None
+        except Exception as problem:  # a run's failure is a result
+            queue.fail(address, f"{type(problem).__name__}: {problem}")
+            continue
+        if result == "busy":
+            queue.put_back(address, wait_seconds=0.5)
+            continue
+        queue.finish(address)
+        outcome.trained += result == "trained"
+        progress.finished += 1
+        progress.worked = settled + queue.work(address)
+    for address, reason in queue.failed.items():
+        lab.fail(address, reason)
+    outcome.failures = queue.failed
+    return outcome
+
+
+def execute(
+    graph: Graph,
+    lab: Lab,
+    *,
+    workers: int | None = None,
+    device: str = "auto",
+    watch: Watch = lambda progress: None,  # noqa: ARG005  told nothing
+) -> Outcome:
+    """Train every run of a graph that the lab does not hold.
+
+    Args:
+        graph: what a study needs.
+        lab: where runs are kept.
+        workers: number of processes, at least 1; None is one a core.
+        device: `auto`, `cpu` or `cuda`.
+        watch: called several times a second.
+
+    Raises:
+        SpecError: when workers or device cannot be.
+        Interrupted: on Ctrl-C, after the workers have saved their checkpoints.
+    """
+    if workers is not None and workers < 1:
+        raise SpecError(f"`--workers` must be at least 1; got {workers}.")
+    chosen = pick_device(device)
+    with _interruptible() as stopping:
+        if not is_importable(graph.study.model):
+            return _in_process(graph, lab, chosen, watch, stopping)
+        lab.keep_data(graph.study.data)
+        return _Pool(graph, lab, workers or num_cores(), chosen, watch).run(stopping)

@@ -1,0 +1,391 @@
+"""The lab: a folder where every finished run is kept once, by its address.
+
+    lab/lab.json                       the format's version
+    lab/lab.sqlite                     a row a run: spec, evaluations, seconds, engine, versions
+    lab/weights/ADDRESS.safetensors    final parameters, buffers, masks, snapshots
+    lab/checkpoints/ADDRESS.safetensors  runs that were stopped
+    lab/locks/ADDRESS                  held by whoever trains the run; freed by the kernel
+
+A run is finished when its row exists; its weights were written, whole, before. Nothing that is
+read runs code. Two processes may use one lab.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from windfall import data as datasets
+from windfall.data import Data, Tensors
+from windfall.masks import Masks, Params
+from windfall.spec import Json, SpecError, canonical, digest
+from windfall.train import Evaluation, State
+
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    address TEXT PRIMARY KEY, spec TEXT NOT NULL, status TEXT NOT NULL, facts TEXT NOT NULL,
+    kept INTEGER NOT NULL, seconds REAL NOT NULL, engine TEXT NOT NULL, versions TEXT NOT NULL,
+    created TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS failures (address TEXT PRIMARY KEY, reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS studies (
+    address TEXT PRIMARY KEY, name TEXT NOT NULL, graph TEXT NOT NULL, created TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a finished run beside its weights.
+
+    Args:
+        address: of the run.
+        spec: its canonical JSON, decoded.
+        status: `done` or `diverged`.
+        evaluations: in order of steps.
+        snapshots: steps at which it kept a snapshot.
+        kept: number of prunable weights kept; -1 for a dense run.
+        seconds: of training, evaluation included.
+        engine: that trained it, and the device.
+        versions: of windfall, torch and numpy.
+        created: time of its end, ISO 8601, UTC.
+    """
+
+    address: str
+    spec: Json
+    status: str
+    evaluations: list[Evaluation]
+    snapshots: list[int]
+    kept: int
+    seconds: float
+    engine: str
+    versions: dict[str, str]
+    created: str
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_tensors(path: Path, tensors: Params, facts: Json) -> None:
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, safetensors.torch.save(own, {"facts": canonical(facts)}))
+
+
+def _read_tensors(path: Path, prefix: str = "") -> tuple[Params, Json]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            # a clone lies aligned in memory, which the mapped file may not, and bits depend on it
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in names}
+            return tensors, json.loads(file.metadata()["facts"])
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as problem:
+        raise SpecError(
+            f"{path} must be a safetensors file that windfall wrote; {problem}. Delete it, and the"
+            " run is trained again."
+        ) from None
+
+
+class Lab:
+    """A lab folder, open.
+
+    Args:
+        folder: where it lies; made when it does not exist.
+        readonly: only read; the folder must be a lab already.
+
+    Raises:
+        SpecError: when the folder is no lab, cannot be written, or is of a newer version.
+    """
+
+    def __init__(self, folder: str | Path, *, readonly: bool = False) -> None:
+        self.folder = Path(folder)
+        self._check(readonly=readonly)
+        path = self.folder / "lab.sqlite"
+        try:
+            if readonly:
+                uri = f"{path.resolve().as_uri()}?mode=ro"
+                self._database = sqlite3.connect(uri, timeout=60, uri=True)
+                self._database.execute("SELECT COUNT(*) FROM runs")
+            else:
+                self._database = sqlite3.connect(path, timeout=60)
+                with self._database:
+                    self._database.executescript(_SCHEMA)
+        except sqlite3.Error as problem:
+            if _is_full(problem):
+                raise OSError(errno.ENOSPC, f"no space left for {path}") from None
+            raise SpecError(
+                f"`--lab` must hold a readable lab.sqlite; {path}: {problem}."
+            ) from None
+
+    def _check(self, *, readonly: bool) -> None:
+        folder, marker = self.folder, self.folder / "lab.json"
+        if not marker.exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise SpecError(
+                    f"`--lab` must be a lab or a new folder; {folder} has no lab.json."
+                    " Name another."
+                )
+            if readonly:
+                raise SpecError(
+                    f"`--lab` must be a lab; {folder} does not exist. Run a study first."
+                )
+        if not readonly:
+            self._prepare(marker)
+        try:
+            version = int(json.loads(marker.read_text(encoding="utf-8"))["windfall-lab"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SpecError(f"`--lab` must be a lab; {marker} is not one of windfall's.") from None
+        if version > FORMAT:
+            raise SpecError(
+                f"`--lab` must be of format {FORMAT} or older; {folder} was written by a newer"
+                f" windfall (format {version}). Upgrade windfall, or name another lab."
+            )
+
+    def _prepare(self, marker: Path) -> None:
+        try:
+            for part in ("weights", "checkpoints", "locks", "data"):
+                (self.folder / part).mkdir(parents=True, exist_ok=True)
+            probe = self.folder / "locks" / f"probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            if not marker.exists():
+                write_whole(marker, canonical({"windfall-lab": FORMAT}).encode())
+        except OSError as problem:
+            if problem.errno == errno.ENOSPC:
+                raise
+            raise SpecError(
+                f"`--lab` must be a folder to write in; {self.folder}: {problem.strerror}."
+            ) from None
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    # ---- finished runs ----
+
+    def record(self, address: str) -> Record | None:
+        """What is kept of a run; None if it is not finished."""
+        return next(iter(self.records([address]).values()), None)
+
+    def records(self, addresses: Iterable[str]) -> dict[str, Record]:
+        """What is kept of the finished ones among these runs."""
+        found: dict[str, Record] = {}
+        for address in addresses:
+            query = "SELECT * FROM runs WHERE address = ?"
+            row = self._database.execute(query, (address,)).fetchone()
+            if row is not None:
+                found[address] = _record(row)
+        return found
+
+    def matching(self, prefix: str) -> list[str]:
+        """The addresses of finished runs that begin with `prefix`."""
+        query = "SELECT address FROM runs WHERE substr(address, 1, ?) = ? ORDER BY address"
+        return [row[0] for row in self._database.execute(query, (len(prefix), prefix))]
+
+    def finish(self, record: Record, state: State) -> None:
+        """Keep a finished run: its weights first, then its row."""
+        assert digest(record.spec) == record.address
+        final = State(
+            state.step, state.params, state.buffers, state.masks, snapshots=state.snapshots
+        )
+        facts = {"step": state.step, "diverged": state.diverged, "evaluations": []}
+        _write_tensors(self._weights(record.address), final.tensors(), facts)
+        row = (
+            record.address,
+            canonical(record.spec),
+            record.status,
+            canonical({**_finite(state.facts()), "snapshots": record.snapshots}),
+            record.kept,
+            record.seconds,
+            record.engine,
+            canonical(record.versions),
+            record.created,
+        )
+        with self._writing() as database:
+            database.execute("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", row)
+            database.execute("DELETE FROM failures WHERE address = ?", (record.address,))
+        self._checkpoint(record.address).unlink(missing_ok=True)
+
+    def weights(self, address: str) -> State:
+        """The final state of a finished run: parameters, buffers, masks, snapshots."""
+        return State.restored(*_read_tensors(self._weights(address)))
+
+    def masks(self, address: str) -> Masks:
+        """The masks of a finished run, without reading the rest of its file."""
+        tensors, _ = _read_tensors(self._weights(address), "masks/")
+        return {name.removeprefix("masks/"): mask for name, mask in tensors.items()}
+
+    # ---- checkpoints ----
+
+    def save_checkpoint(self, address: str, state: State, facts: Json) -> None:
+        """Keep the state of a run in training; `facts` is given back with it."""
+        document = {**_finite(state.facts()), "extra": facts}
+        _write_tensors(self._checkpoint(address), state.tensors(), document)
+
+    def checkpoint(self, address: str) -> tuple[State, Json] | None:
+        """The last checkpoint of an unfinished run, or None."""
+        path = self._checkpoint(address)
+        if not path.exists():
+            return None
+        tensors, facts = _read_tensors(path)
+        return State.restored(tensors, _infinite(facts)), facts["extra"]
+
+    # ---- failures and studies ----
+
+    def fail(self, address: str, reason: str) -> None:
+        """Note that a run failed, and why; forgotten when it is finished."""
+        with self._writing() as database:
+            database.execute("INSERT OR REPLACE INTO failures VALUES (?,?)", (address, reason))
+
+    def failures(self, addresses: Iterable[str]) -> dict[str, str]:
+        """The reasons of the failed ones among these runs."""
+        rows = dict(self._database.execute("SELECT address, reason FROM failures").fetchall())
+        return {address: rows[address] for address in addresses if address in rows}
+
+    def remember(self, address: str, name: str, graph: Json) -> None:
+        """Keep what a study consists of, so that it can be shown from the lab alone."""
+        with self._writing() as database:
+            row = (address, name, canonical(graph), now())
+            database.execute("INSERT OR REPLACE INTO studies VALUES (?,?,?,?)", row)
+
+    def recall(self, address: str) -> Json | None:
+        """What a study consists of, or None if it was never run here."""
+        query = "SELECT graph FROM studies WHERE address = ?"
+        row = self._database.execute(query, (address,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    # ---- tensors of a user's own ----
+
+    def keep_data(self, data: Data) -> None:
+        """Keep tensors that only this process has, so that workers can train on them."""
+        path = self._tensors(data)
+        if path is not None and not path.exists():
+            whole = data.decoded()
+            parts = {"train": whole.train, "test": whole.test}
+            tensors = {
+                f"{name}/{kind}": getattr(part, kind)
+                for name, part in parts.items()
+                if part is not None
+                for kind in ("inputs", "labels")
+            }
+            _write_tensors(path, tensors, {})
+
+    def lend_data(self, data: Data) -> None:
+        """Give this process the tensors that `keep_data` kept, if the data is such and they are."""
+        path = self._tensors(data)
+        if path is not None and path.exists():
+            kept, _ = _read_tensors(path)
+            test = (kept["test/inputs"], kept["test/labels"]) if "test/inputs" in kept else None
+            train = (kept["train/inputs"], kept["train/labels"])
+            datasets.tensors(*train, test, num_classes=getattr(data, "num_classes", None))
+
+    def _tensors(self, data: Data) -> Path | None:
+        is_own = isinstance(data, Tensors)
+        return self.folder / "data" / f"{data.sha256}.safetensors" if is_own else None
+
+    # ---- locks and files ----
+
+    @contextlib.contextmanager
+    def locked(self, address: str) -> Generator[bool]:
+        """Hold a run's lock; yields False at once when another process holds it."""
+        path = self.folder / "locks" / address
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                yield False
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                    break
+            os.close(descriptor)  # another holder removed the file between open and lock
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _weights(self, address: str) -> Path:
+        return self.folder / "weights" / f"{address}.safetensors"
+
+    def _checkpoint(self, address: str) -> Path:
+        return self.folder / "checkpoints" / f"{address}.safetensors"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[sqlite3.Connection]:
+        try:
+            with self._database:
+                yield self._database
+        except sqlite3.OperationalError as problem:
+            if _is_full(problem):
+                raise OSError(errno.ENOSPC, f"no space left in {self.folder}") from None
+            raise
+
+
+def _is_full(problem: sqlite3.Error) -> bool:
+    return problem.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+
+
+def _finite(facts: Json) -> Json:
+    """Losses that are not finite as strings: the lab's JSON knows no NaN."""
+
+    def safe(value: Any) -> Any:
+        is_odd = isinstance(value, float) and value - value != 0
+        return repr(value) if is_odd else value
+
+    looks = [{key: safe(v) for key, v in look.items()} for look in facts["evaluations"]]
+    return {**facts, "evaluations": looks}
+
+
+def _infinite(facts: Json) -> Json:
+    looks = [
+        {key: float(v) if isinstance(v, str) else v for key, v in look.items()}
+        for look in facts["evaluations"]
+    ]
+    return {**facts, "evaluations": looks}
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    address, spec, status, facts, kept, seconds, engine, versions, created = row
+    known = _infinite(json.loads(facts))
+    return Record(
+        address,
+        json.loads(spec),
+        status,
+        [Evaluation(**look) for look in known["evaluations"]],
+        known["snapshots"],
+        kept,
+        seconds,
+        engine,
+        json.loads(versions),
+        created,
+    )

@@ -1,0 +1,376 @@
+"""Studies: many networks that differ in exactly one thing, as a value.
+
+A study is expanded into its graph of runs, which can be listed and costed before anything is
+trained. Settings come from Python or from TOML, where `extends` names a study to start from.
+
+    study = load("lottery", {"num_seeds": 5, "model.hidden": [100, 50]})
+    graph = expand(study)
+    len(graph.runs)
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from windfall import flops
+from windfall import models as zoo
+from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Reinit, Rewind, Ticket
+from windfall.data import Data, Dataset
+from windfall.data import load as load_data
+from windfall.initialize import GlorotNormal, Initialization, TorchDefault
+from windfall.models import Kind, ModelField, UserModel
+from windfall.prune import Prune, ToStep
+from windfall.runs import Pruned, Run
+from windfall.spec import Json, Spec, SpecError, checked, digest, nearest, tag, unaddressed
+from windfall.train import Recipe
+
+Metric = Literal["test_accuracy", "test_accuracy_at_early_stop", "early_stop_step", "mask_overlap"]
+
+
+class Study(Spec):
+    """A study: arms x levels x seeds of one network, data set and recipe.
+
+    Args:
+        name: names the page and the record; letters, digits, `-` and `_`.
+        title: one line.
+        question: what is asked, a sentence.
+        num_seeds: number of paired seeds, 0 to num_seeds - 1.
+        model: the network, or a callable that returns an `nn.Module`.
+        data: the data set.
+        initialization: of the weights; None is the paper's Gaussian Glorot for the zoo, and what
+            the constructor does for a user's own network.
+        recipe: how every network is trained.
+        prune: how masks are found.
+        one_shot: prune the dense run to every level at once, not level by level.
+        arms: what is compared; the dense run belongs to every study.
+        levels: number of levels, 1 to `levels`, beside the dense level 0.
+        verdict_level: the level whose comparisons get a verdict; None is the last.
+        metric: what verdicts are about.
+        margin: of equivalence, in the metric's unit; None is 0.005 (half a percentage point), or
+            `recipe.eval_every` steps for `early_stop_step`.
+        intervals: Student's t, or BCa bootstrap.
+        engine: which engine trains; `auto` is the fixed rule.
+    """
+
+    name: str = Field(default="study", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)
+    title: str = unaddressed("")
+    question: str = unaddressed("")
+    num_seeds: int = Field(default=10, ge=1, lt=SHIFT)
+    model: ModelField
+    data: Data
+    initialization: Initialization | None = None
+    recipe: Recipe = Recipe()
+    prune: Prune = Prune()
+    one_shot: bool = False
+    arms: tuple[Arm, ...] = (Dense(), Ticket(), Reinit(), Finetune())
+    levels: int = Field(default=8, ge=1)
+    verdict_level: int | None = Field(default=None, ge=1)
+    metric: Metric = "test_accuracy"
+    margin: float | None = Field(default=None, ge=0)
+    intervals: Literal["t", "bca"] = "t"
+    engine: Literal["auto", "separate"] = unaddressed("auto")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Study":
+        if self.verdict_level is not None and self.verdict_level > self.levels:
+            raise ValueError(
+                f"`verdict_level` must be at most `levels`, {self.levels}; got {self.verdict_level}"
+            )
+        kinds = [tag(type(arm)) for arm in self.arms]
+        twice = {kind for kind in kinds if kinds.count(kind) > 1}
+        if twice:
+            raise ValueError(f"`arms` must differ; got `{min(twice)}` twice")
+        for arm in self.arms:
+            step = arm.to.step if isinstance(arm, Rewind) and isinstance(arm.to, ToStep) else 0
+            if step >= self.recipe.steps:
+                raise ValueError(
+                    f"`arms.rewind.to.step` must be less than `recipe.steps`, {self.recipe.steps};"
+                    f" got {step}"
+                )
+        if self.metric == "mask_overlap" and "ticket" not in kinds:
+            raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
+        return self
+
+    @property
+    def decided_level(self) -> int:
+        """The level whose comparisons get a verdict."""
+        return self.levels if self.verdict_level is None else self.verdict_level
+
+    @property
+    def decided_margin(self) -> float:
+        """The margin in the metric's unit."""
+        if self.margin is not None:
+            return self.margin
+        return float(self.recipe.eval_every) if self.metric == "early_stop_step" else 0.005
+
+    @property
+    def begun_by(self) -> Initialization:
+        """The initialization of every fresh network."""
+        if self.initialization is not None:
+            return self.initialization
+        return TorchDefault() if isinstance(self.model, UserModel) else GlorotNormal()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One place in a study: an arm at a level with a seed, and the address of its run."""
+
+    arm: str
+    level: int
+    seed: int
+    address: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of a study's network before it is trained.
+
+    Args:
+        sizes: number of weights of every prunable tensor.
+        kinds: its kind of layer.
+        multiply_adds: per example, of the dense network, per tensor.
+        input_shape: of one example.
+        num_classes: of its output.
+    """
+
+    sizes: dict[str, int]
+    kinds: dict[str, Kind]
+    multiply_adds: dict[str, int]
+    input_shape: tuple[int, ...]
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A study's runs.
+
+    Args:
+        study: whose they are.
+        nodes: every place in the study, in order of level, arm, seed.
+        runs: every run once, by address, parents before children.
+        keep: the steps at which a run keeps a snapshot for its children.
+        network: of the study.
+        counts: number of prunable weights kept, by level.
+        note: on the data, printed beside every number; or None.
+    """
+
+    study: Study
+    nodes: tuple[Node, ...]
+    runs: dict[str, Run]
+    keep: dict[str, frozenset[int]]
+    network: Network
+    counts: dict[int, int]
+    note: str | None
+
+    def density(self, level: int) -> float:
+        """Fraction of the prunable weights kept at a level."""
+        return self.counts[level] / sum(self.network.sizes.values())
+
+    def flops(self, address: str) -> float:
+        """Training FLOPs of a run, counted on surviving weights (see `windfall.flops`)."""
+        run = self.runs[address]
+        level = run.start.level if isinstance(run.start, Pruned) else 0
+        first, last = run.clock
+        dense = sum(self.network.multiply_adds.values())
+        multiply_adds = round(dense * self.density(level))
+        return flops.training_flops(multiply_adds, run.recipe.batch_size, last - first)
+
+
+def expand(study: Study) -> Graph:
+    """The study's graph of runs.
+
+    Raises:
+        SpecError: when data, network and pruning do not fit together; nothing has been trained.
+    """
+    data = load_data(study.data)
+    network = _inspect(study, data)
+    counts = {
+        level: sum(study.prune.selection.counts(network.sizes, network.kinds, level).values())
+        for level in range(1, study.levels + 1)
+    }
+    base = Run(
+        model=study.model, data=study.data, data_sha256=data.sha256, recipe=study.recipe, seed=0
+    )
+    nodes, runs = [], dict[str, Run]()
+    for seed in range(study.num_seeds):
+        family = Family(base, study.prune, study.begun_by, seed, one_shot=study.one_shot)
+        nodes += [Node(arm, level, seed, run) for arm, level, run in _places(study, family)]
+        runs |= family.runs
+    nodes.sort(key=lambda node: node.level)
+    totals = {0: sum(network.sizes.values()), **counts}
+    return Graph(study, tuple(nodes), runs, _snapshots(runs), network, totals, data.note)
+
+
+def _places(study: Study, family: Family) -> Iterator[tuple[str, int, str]]:
+    yield "dense", 0, family.dense()
+    for level in range(1, study.levels + 1):
+        for arm in study.arms:
+            if not isinstance(arm, Dense):
+                yield tag(type(arm)), level, arm.run(family, level)
+
+
+def _inspect(study: Study, data: Dataset) -> Network:
+    model, shape = study.model, data.input_shape
+    module = model.build(shape, data.num_classes)
+    zoo.check_outputs(module, shape, data.num_classes, tag(type(model)))
+    kinds = zoo.kinds(module, shape)
+    if not kinds:
+        raise SpecError(
+            f"`model` must have a Linear or Conv layer to prune; got {type(module).__name__}."
+        )
+    params = dict(module.named_parameters())
+    sizes = {name: params[name].numel() for name in kinds}
+    multiply_adds = flops.multiply_adds(module, shape)
+    return Network(sizes, kinds, multiply_adds, shape, data.num_classes)
+
+
+def _snapshots(runs: dict[str, Run]) -> dict[str, frozenset[int]]:
+    keep = dict.fromkeys(runs, frozenset[int]())
+    for address, run in runs.items():
+        weights = run.start.weights if isinstance(run.start, Pruned) else None
+        if isinstance(weights, ToStep) and weights.step > 0:
+            keep[root(runs, address)] |= {weights.step}
+    return keep
+
+
+def root(runs: Mapping[str, Run], address: str) -> str:
+    """The address of the dense run that a run's chain begins with."""
+    while (parent := runs[address].parent) is not None:
+        address = parent
+    return address
+
+
+# ---- settings: TOML and --set --------------------------------------------------------------
+
+
+def bundled() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = resources.files("windfall") / "studies"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir())
+
+
+def load(
+    study: str | Path, settings: Mapping[str, Any] | None = None, *, code: bool = True
+) -> Study:
+    """The study of a bundled name or a TOML file, with settings changed by path.
+
+    Args:
+        study: a bundled study's name, or the path of a TOML file.
+        settings: values by path, such as `{"recipe.steps": 500, "model": "conv-4"}`.
+        code: look up a user's own network by importing it; if not, the study can be found in a lab
+            (see `key`) but not run.
+
+    Raises:
+        SpecError: when there is no such study or setting, or a value cannot be.
+    """
+    document = read(study)
+    for path, value in (settings or {}).items():
+        _assign(document, path, value)
+    if not code:
+        document["model"] = _unresolved(document.get("model"))
+    return checked(lambda: Study.model_validate(document))
+
+
+def _unresolved(model: Any) -> Any:
+    name = model.get("callable") if isinstance(model, dict) else model
+    if not isinstance(name, str) or ":" not in name:
+        return model
+    return {"kind": tag(UserModel), "callable": name, "source": "", "parameters": {}}
+
+
+def key(study: Study) -> str:
+    """What a lab knows a study by: the digest of its settings, a user's network by its name."""
+    document = study.to_json()
+    for name in ("source", "parameters"):
+        document["model"].pop(name, None)
+    return digest(document)
+
+
+def read(study: str | Path, seen: tuple[str, ...] = ()) -> Json:
+    """The settings in a study's TOML, those it extends included."""
+    name, text = _source(study)
+    if name in seen:
+        raise SpecError(
+            f"`extends` must not lead back to itself; got {' -> '.join((*seen, name))}."
+        )
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as problem:
+        raise SpecError(f"{name} must be TOML; {problem}.") from None
+    base = document.pop("extends", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise SpecError(f"`extends` must be the name or path of a study; got {base!r}.")
+    nearby = Path(study).parent / base
+    extended = read(nearby if nearby.suffix == ".toml" and nearby.exists() else base, (*seen, name))
+    for told in ("title", "question"):  # a study's own words do not fit another
+        extended.pop(told, None)
+    if "name" not in document and Path(study).suffix == ".toml":
+        document["name"] = Path(study).stem
+    return _merged(extended, document)
+
+
+def _source(study: str | Path) -> tuple[str, str]:
+    path = Path(study)
+    if str(study) in bundled():
+        file = resources.files("windfall") / "studies" / f"{study}.toml"
+        return str(study), file.read_text(encoding="utf-8")
+    if path.suffix == ".toml" or path.exists():
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise SpecError(f"STUDY must be a readable TOML file; got {path}: {problem}.") from None
+    raise SpecError(
+        f"STUDY must be a bundled study or the path of a .toml file; got {str(study)!r}."
+        f"{nearest(str(study), bundled())}"
+    )
+
+
+def _merged(base: Json, changes: Json) -> Json:
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        if isinstance(old, dict) and isinstance(value, dict) and _is_like(old, value):
+            merged[name] = _merged(old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _is_like(old: Json, new: Json) -> bool:
+    """Whether a table changes fields of the old one, rather than naming another member."""
+    return new.get("kind", old.get("kind")) == old.get("kind")
+
+
+def _assign(document: Json, path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    place: Any = document
+    for index, part in enumerate(parents):
+        here = ".".join(parents[: index + 1])
+        place = _inside(place, part, here)
+    if isinstance(place, list):
+        raise SpecError(f"`{path}` must name a field of a member; got only the member.")
+    place[last] = value
+
+
+def _inside(place: Any, part: str, here: str) -> Any:
+    """The settings at one step of a path; a bare name becomes a table that can have fields."""
+    if isinstance(place, list):
+        for index, item in enumerate(place):
+            if item == part or (isinstance(item, dict) and item.get("kind") == part):
+                place[index] = {"kind": part} if isinstance(item, str) else item
+                return place[index]
+        names = [item if isinstance(item, str) else item.get("kind", "") for item in place]
+        raise SpecError(f"`{here}` must name one of its list.{nearest(part, names)}")
+    item = place.setdefault(part, {})
+    if isinstance(item, str):
+        item = place[part] = {"kind": item}
+    if not isinstance(item, dict | list):
+        raise SpecError(f"`{here}` must have fields to be set by path; got {item!r}.")
+    return item
