@@ -1,0 +1,462 @@
+"""One function per figure: a plain table in, a matplotlib `Figure` out.
+
+The tables are those of a study's document, as `report.render` takes it. An arm has one color and
+one marker in every figure. A missing value (None) leaves a gap, never a guess. Nothing goes through
+pyplot, so a figure belongs to its caller alone:
+
+    figure = plots.accuracy(document["arms"])
+    figure.savefig("accuracy.pdf")
+"""
+
+import hashlib
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+Row = Mapping[str, Any]
+Table = Sequence[Row]
+
+WIDE = 7.2  # inches: the text width of a two-column page
+NARROW = 3.5  # one column of it, and the screen of a telephone
+
+# From blue to pink: Okabe and Ito (2008), distinct in every common form of color blindness.
+COLORS = {
+    "ink": "#1f2933",
+    "muted": "#6b7683",
+    "grid": "#e3e6ea",
+    "paper": "#ffffff",
+    "blue": "#0072b2",
+    "sky": "#56b4e9",
+    "green": "#009e73",
+    "vermilion": "#d55e00",
+    "orange": "#e69f00",
+    "pink": "#cc79a7",
+    "brown": "#8c6239",
+    "violet": "#6f4fa0",
+    "leaf": "#3c7d46",
+}
+
+
+class Look(NamedTuple):
+    """How an arm is drawn: the name of its color, its matplotlib marker, and its name in words."""
+
+    color: str
+    marker: str
+    words: str
+
+
+LOOKS = {
+    "dense": Look("muted", "o", "dense"),
+    "ticket": Look("blue", "o", "ticket"),
+    "rewind": Look("sky", "s", "rewind"),
+    "finetune": Look("green", "^", "finetune"),
+    "reinit": Look("vermilion", "D", "reinit"),
+    "shuffled": Look("orange", "v", "shuffled"),
+    "random": Look("pink", "X", "random"),
+    "scratch-e": Look("brown", "P", "scratch-e"),
+    "scratch-b": Look("violet", "p", "scratch-b"),
+    "other-order": Look("blue", "o", "same start, other order"),
+    "other-init": Look("vermilion", "D", "other start"),
+    "chance": Look("muted", "s", "chance"),
+}
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so text is measured alike everywhere
+    "font.size": 8,
+    "text.color": COLORS["ink"],
+    "axes.edgecolor": COLORS["muted"],
+    "axes.labelcolor": COLORS["muted"],
+    "axes.linewidth": 0.6,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": COLORS["ink"],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "figure.facecolor": COLORS["paper"],
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.2,
+}
+_FADE = LinearSegmentedColormap.from_list("fade", [COLORS["leaf"] + "00", COLORS["leaf"]])
+_DECIMALS = re.compile(r"(\d\.\d\d)\d+")  # a hundredth of a point is below any resolution
+_Item = TypeVar("_Item")
+_styled = matplotlib.rc_context(_STYLE)
+
+
+def look(arm: str) -> Look:
+    """How an arm is drawn in every figure; one that is not in `LOOKS` is gray and keeps its name."""
+    return LOOKS.get(arm, Look("muted", "h", arm))
+
+
+@_styled
+def accuracy(rows: Table, *, metric: str = "test_accuracy", width_inches: float = WIDE) -> Figure:
+    """Accuracy against the density of the network, one line per arm.
+
+    The dense network is a dashed line across, its interval a band, and every arm's left-most point.
+
+    Source: the form of Figure 1 of The Lottery Ticket Hypothesis (1803.03635).
+
+    Args:
+        rows: The document's `arms`: `arm`, `level`, `density` in (0, 1], `metric`, and `mean` and
+            `interval` in [0, 1].
+        metric: Which of their metrics to draw, an accuracy.
+        width_inches: Width of the figure; its height and the number of tick labels follow.
+    """
+    figure, axes = _against_density(rows, metric, 100.0, width_inches)
+    at = " at the early stop" if metric == "test_accuracy_at_early_stop" else ""
+    axes.set_title(f"Test accuracy{at} (%)")
+    return figure
+
+
+@_styled
+def early_stop(rows: Table, *, width_inches: float = WIDE) -> Figure:
+    """The step of lowest validation loss against the density of the network, one line per arm.
+
+    A mean that contains a run whose loss still fell at its last evaluation is a lower bound: its
+    marker is hollow, and a footnote says so.
+
+    Source: the form of Figure 4 of The Lottery Ticket Hypothesis (1803.03635).
+
+    Args:
+        rows: The document's `arms`, of which those of metric `early_stop_step` are drawn; `mean`
+            and `interval` in optimizer steps, `num_censored` the number of lower bounds among them.
+        width_inches: Width of the figure.
+    """
+    figure, axes = _against_density(rows, "early_stop_step", 1.0, width_inches)
+    axes.set_title("Step of lowest validation loss")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    censored = [row for row in _of_metric(rows, "early_stop_step") if row["num_censored"]]
+    for row in censored:
+        color, marker, _ = look(row["arm"])
+        hollow: dict[str, Any] = {
+            "color": COLORS[color],
+            "markerfacecolor": COLORS["paper"],
+            "zorder": 4,
+        }
+        axes.plot(row["density"], _scaled([row["mean"]], 1), marker, label="_censored", **hollow)
+    if censored:
+        note = "Hollow: the loss of some runs still fell at the last evaluation; a lower bound."
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=COLORS["muted"], wrap=True)
+    return figure
+
+
+@_styled
+def learning_curves(curves: Table, *, width_inches: float = WIDE) -> Figure:
+    """Validation loss and test accuracy against the step, one row of panels per level.
+
+    At most three levels are drawn, the first, the middle and the last of those given; the dense
+    network is in every panel. The vertical range is that of the curves after a quarter of the
+    evaluations, so the first fall may leave the frame.
+
+    Args:
+        curves: The document's `curves`: `arm`, `level`, `density`, `steps`, and for
+            `validation_loss` and `test_accuracy` in [0, 1] the lists `mean`, `low` and `high`.
+        width_inches: Width of the figure.
+    """
+    drawn = _spread(sorted({row["level"] for row in curves if row["level"]}), 3) or [0]
+    size = (width_inches, 0.6 + len(drawn) * (1.6 if width_inches > NARROW else 1.4))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(drawn), 2, sharex=True, sharey="col", squeeze=False)
+    for level, (loss, test) in zip(drawn, panels, strict=True):
+        chosen = [row for row in in_order(curves) if row["level"] in {0, level}]
+        _over_steps(loss, chosen, "validation_loss", 1.0)
+        _over_steps(test, chosen, "test_accuracy", 100.0)
+        for row in chosen[-1:]:
+            kept = f"{percent(row['density'])} kept"
+            loss.text(0.98, 0.92, kept, transform=loss.transAxes, ha="right", va="top")
+    panels[0, 0].set_title("Validation loss")
+    panels[0, 1].set_title("Test accuracy (%)")
+    _frame_late_steps(panels[0, 0], curves, "validation_loss", 1.0)
+    _frame_late_steps(panels[0, 1], curves, "test_accuracy", 100.0)
+    for axes in panels[-1]:
+        axes.set_xlabel("Step")
+    _legend(figure, panels[:, 0], width_inches)
+    return figure
+
+
+@_styled
+def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
+    """How much of each layer is left, a bar per layer and a panel per level.
+
+    At most four levels are drawn (two where the figure is narrow), evenly chosen from those given.
+
+    Args:
+        layers: The document's `layers`: `level`, `layer`, `kept` and `total`, numbers of weights.
+        width_inches: Width of the figure.
+    """
+    names = list(dict.fromkeys(row["layer"] for row in layers))
+    levels = sorted({row["level"] for row in layers if row["level"]} or {0})
+    chosen = _spread(levels, 4 if width_inches > NARROW else 2)
+    height = 0.6 + 0.23 * max(3, len(names))
+    figure = Figure(figsize=(width_inches, height), layout="constrained")
+    panels = figure.subplots(1, len(chosen), sharex=True, sharey=True, squeeze=False)[0]
+    for level, axes in zip(chosen, panels, strict=True):
+        rows = [row for row in layers if row["level"] == level]
+        places = [names.index(row["layer"]) for row in rows]
+        kept = [row["kept"] / max(1, row["total"]) for row in rows]
+        axes.barh(places, [100 * each for each in kept], height=0.62, color=COLORS["leaf"])
+        for place, each in zip(places, kept, strict=True):
+            axes.text(100 * each + 2, place, percent(each), va="center_baseline", fontsize=7)
+        total = max(1, sum(row["total"] for row in rows))
+        axes.set_title(f"Level {level}, {percent(sum(row['kept'] for row in rows) / total)}")
+        axes.set(xlim=(0, 125), ylim=(len(names) - 0.4, -0.6))
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.spines["bottom"].set_visible(False)
+        axes.set_yticks(
+            range(len(names)), [_literal(name, int(5 * width_inches)) for name in names]
+        )
+        axes.tick_params(axis="y", length=0, labelcolor=COLORS["ink"])
+    return figure
+
+
+@_styled
+def mask_pictures(pictures: Table, *, width_inches: float = WIDE) -> Figure:
+    """Where the surviving weights of the first layer are: the stronger the color, the more.
+
+    Each picture has its own scale, from none to the largest count at any position, which is
+    printed under it. At most five are drawn (three where the figure is narrow), evenly chosen.
+
+    Args:
+        pictures: The document's `pictures`: `level`, `density`, `layer`, and `counts`, the number
+            of surviving weights per input position (height, width), or a two-dimensional mask.
+        width_inches: Width of the figure.
+    """
+    columns = 5 if width_inches > NARROW else 3
+    chosen = _spread(list(pictures), columns)
+    figure = Figure(figsize=(width_inches, width_inches / columns + 0.35), layout="constrained")
+    several_layers = len({picture["layer"] for picture in chosen}) > 1
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.set_axis_off()
+    for picture, axes in zip(chosen, panels, strict=False):
+        counts = np.asarray(picture["counts"], dtype=float)
+        top = counts.max(initial=0.0)
+        axes.imshow(counts, cmap=_FADE, vmin=0, vmax=top or 1, interpolation="none")
+        layer = _literal(picture["layer"], 17) + "\n" if several_layers else ""
+        axes.set_title(f"{layer}Level {picture['level']}, {percent(picture['density'])}")
+        muted = {"va": "top", "fontsize": 7, "color": COLORS["muted"]}
+        axes.text(0, -0.04, f"most: {top:,.0f}", transform=axes.transAxes, **muted)
+    return figure
+
+
+@_styled
+def overlap(rows: Table, *, width_inches: float = WIDE) -> Figure:
+    """How much two masks agree against their density: of the whole network, then of each layer.
+
+    Args:
+        rows: The document's `arms` of a study of overlap: metrics `mask_overlap` and
+            `mask_overlap/<layer>`, `mean` and `interval` in [0, 1], 1 where the masks are the same.
+        width_inches: Width of the figure.
+    """
+    of_masks = (row["metric"] for row in rows if row["metric"].startswith("mask_overlap"))
+    metrics = list(dict.fromkeys(of_masks)) or ["mask_overlap"]
+    columns = min(len(metrics), 3 if width_inches > NARROW else 2)
+    lines = math.ceil(len(metrics) / columns)
+    height = 0.6 + lines * (2.6 if columns == 1 else 1.9)
+    figure = Figure(figsize=(width_inches, height), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for metric, axes in zip(metrics, panels, strict=False):
+        _draw_arms(axes, _of_metric(rows, metric), 1.0, 0.9 * width_inches / columns)
+        layer = metric.partition("/")[2] or "whole network"
+        axes.set_title(_literal(f"Overlap, {layer}"))
+    for axes in panels[len(metrics) :]:
+        axes.set_axis_off()
+    _legend(figure, panels, width_inches)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element, the same text for the same figure.
+
+    Text stays text, and the background is transparent. Each color of `COLORS` is written as
+    `var(--figure-<name>, <color>)`, so that a page may redefine it, for a dark scheme say.
+    Identifiers begin with a digest of the figure, so that several figures fit in one page.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": "windfall", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    text = text.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
+    # matplotlib's style sheet speaks of every element, which in a page is the whole page
+    text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)
+    text = text.replace("<svg", '<svg stroke-linejoin="round"', 1).replace("rotate(-0", "rotate(0")
+    text = re.sub(r"<[^<]*>", lambda tag: _DECIMALS.sub(r"\1", tag[0]), text)
+    for name, color in COLORS.items():
+        text = re.sub(rf"{color}\b", f"var(--figure-{name}, {color})", text)
+    used = "|".join(sorted(set(re.findall(r'(?:href="#|url\(#)(\w+)', text)))) or "none"
+    prefix = "w" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(rf' id="(?!(?:{used})")\w+"', "", text)
+    return re.sub(r'( id="|href="#|url\(#)(?=\w)', rf"\g<1>{prefix}-", text).strip()
+
+
+def percent(fraction: float) -> str:
+    """A fraction in percent, to three digits: 1 is "100%", 0.0115 is "1.15%"."""
+    return f"{100 * fraction:.3g}%"
+
+
+def in_order(rows: Table) -> list[Row]:
+    """The rows by arm as in `LOOKS` (others last), then by level: the order of lines and legends."""
+    rank = {arm: place for place, arm in enumerate(LOOKS)}
+    return sorted(rows, key=lambda row: (rank.get(row["arm"], len(rank)), row["arm"], row["level"]))
+
+
+def _of_metric(rows: Table, metric: str) -> list[Row]:
+    return [row for row in in_order(rows) if row["metric"] == metric]
+
+
+def _against_density(
+    rows: Table, metric: str, scale: float, width_inches: float
+) -> tuple[Figure, Axes]:
+    height = 3.4 if width_inches > NARROW else 3.0
+    figure = Figure(figsize=(width_inches, height), layout="constrained")
+    axes = figure.subplots()
+    _draw_arms(axes, _of_metric(rows, metric), scale, width_inches - 1.2)
+    _name_the_ends(axes, width_inches - 1.2)
+    return figure, axes
+
+
+def _draw_arms(axes: Axes, rows: list[Row], scale: float, inches: float) -> None:
+    """Every arm's line, begun at the dense network; `inches` is about the length of the axis."""
+    dense = [row for row in rows if row["arm"] == "dense"]
+    for row in dense:
+        _draw_dense(axes, row, scale)
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != "dense"):
+        points = dense + [row for row in rows if row["arm"] == arm]
+        density = [row["density"] for row in points]
+        mean = _scaled([row["mean"] for row in points], scale)
+        intervals = [row["interval"] or (None, None) for row in points]
+        low, high = (_scaled([ends[side] for ends in intervals], scale) for side in (0, 1))
+        color, marker = COLORS[look(arm).color], look(arm).marker
+        axes.fill_between(density, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.vlines(density, low, high, color=color, alpha=0.55, linewidth=0.9)
+        axes.plot(density, mean, color=color, marker=marker, label=arm)
+    _density_axis(axes, [row["density"] for row in rows], inches)
+
+
+def _draw_dense(axes: Axes, row: Row, scale: float) -> None:
+    color = COLORS[look("dense").color]
+    mean = _scaled([row["mean"]], scale)
+    if row["interval"] is not None:
+        low, high = _scaled(row["interval"], scale)
+        axes.axhspan(low, high, color=color, alpha=0.13, linewidth=0)
+    axes.axhline(mean[0], color=color, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.plot([row["density"]], mean, "o", color=color, label="dense", zorder=3)
+
+
+def _density_axis(axes: Axes, densities: list[float], inches: float) -> None:
+    """Logarithmic, from all the weights on the left to few on the right; labels where they fit."""
+    ticks = sorted(set(densities), reverse=True) or [1.0]
+    span = math.log(ticks[0] / ticks[-1]) or 1.0
+    shown = ticks[:1]
+    for tick in ticks[1:]:
+        if math.log(shown[-1] / tick) > 0.38 * span / inches:
+            shown.append(tick)
+    axes.set_xscale("log")
+    axes.set_xlim(ticks[0] * math.exp(0.03 * span), ticks[-1] * math.exp(-0.03 * span))
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{100 * tick:.3g}"))
+    axes.xaxis.set_minor_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("Weights remaining (%)")
+    _quiet(axes, 6)
+
+
+def _quiet(axes: Axes, num_ticks: int) -> None:
+    axes.grid(axis="y", color=COLORS["grid"], linewidth=0.7)
+    axes.tick_params(which="both", color=COLORS["grid"], labelcolor=COLORS["muted"], labelsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _name_the_ends(axes: Axes, inches: float) -> None:
+    """Names and markers right of the plot, each as near to its line's end as the others allow."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    ends: list[tuple[float, str]] = []
+    for arm, line in _lines([axes]).items():
+        values = np.asarray(line.get_ydata(), dtype=float)
+        ends += [((value - low) / (high - low), arm) for value in values[np.isfinite(values)][-1:]]
+    ends.sort()
+    for (_, arm), place in zip(ends, _apart([end for end, _ in ends], 0.068), strict=True):
+        color, marker, words = look(arm)
+        beside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        x = 1 + 0.13 / inches
+        axes.plot(x, place, marker, color=COLORS[color], label="_name", **beside)
+        axes.text(x + 0.1 / inches, place, _literal(words), va="center_baseline", **beside)
+
+
+def _apart(places: list[float], gap: float) -> list[float]:
+    """The places in their order, moved as little as keeps neighbors `gap` apart (pooled means)."""
+    blocks: list[tuple[float, int]] = []
+    for index, place in enumerate(places):
+        total, count = place - index * gap, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
+            before, members = blocks.pop()
+            total, count = total + before, count + members
+        blocks.append((total, count))
+    shifted = [total / count for total, count in blocks for _ in range(count)]
+    return [place + index * gap for index, place in enumerate(shifted)]
+
+
+def _over_steps(axes: Axes, curves: list[Row], name: str, scale: float) -> None:
+    for row in curves:
+        color = COLORS[look(row["arm"]).color]
+        low, mean, high = (_scaled(row[name][side], scale) for side in ("low", "mean", "high"))
+        axes.fill_between(row["steps"], low, high, color=color, alpha=0.13, linewidth=0)
+        axes.plot(row["steps"], mean, color=color, linewidth=1.2, label=row["arm"])
+    _quiet(axes, 4)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _frame_late_steps(axes: Axes, curves: Table, name: str, scale: float) -> None:
+    parts = (row[name][side][len(row["steps"]) // 4 :] for row in curves for side in row[name])
+    late = [scale * value for part in parts for value in part if value is not None]
+    if late and max(late) > min(late):
+        room = 0.05 * (max(late) - min(late))
+        axes.set_ylim(min(late) - room, max(late) + room)
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], width_inches: float) -> None:
+    lines = _lines(panels)
+    words = [_literal(look(arm).words) for arm in lines]
+    columns = max(1, int(14 * width_inches / (5 + max(map(len, words), default=0))))
+    figure.legend(list(lines.values()), words, loc="outside upper left", ncols=columns)
+
+
+def _lines(panels: Iterable[Axes]) -> dict[str, Line2D]:
+    """The line of each arm; all other labels begin with "_", matplotlib's word for no legend."""
+    lines = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
+    return {label: line for label, line in lines.items() if not label.startswith("_")}
+
+
+def _scaled(values: Sequence[float | None], scale: float) -> NDArray[np.float64]:
+    return scale * np.array(values, dtype=float)
+
+
+def _spread(items: list[_Item], count: int) -> list[_Item]:
+    """At most `count` of the items, evenly chosen, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
+
+
+def _literal(text: str, limit: int = 28) -> str:
+    """The text as it is, its beginning cut if too long; matplotlib would typeset $ as a formula."""
+    return (text if len(text) <= limit else f"…{text[1 - limit :]}").replace("$", r"\$")

@@ -1,0 +1,221 @@
+"""Words: a study's answer as sentences, from its tables alone.
+
+answer(plan, document)[0]
+"At 5.57 % of the weights, the pruned network is good because of its lucky initialization ..."
+"""
+
+from collections.abc import Iterable
+
+from windfall.spec import Json
+
+_CAUSES = {
+    "initialization": "its lucky initialization",
+    "weights": "the weights it inherited",
+    "connectivity": "which connections were found",
+    "allocation": "how many connections each layer kept",
+}
+_METRICS = {
+    "test_accuracy": "test accuracy at the last step",
+    "test_accuracy_at_early_stop": "test accuracy at the early stop",
+    "early_stop_step": "steps to the early stop",
+    "mask_overlap": "overlap of the masks (Jaccard)",
+}
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage of three significant digits."""
+    return f"{100 * fraction:.3g} %"
+
+
+def metric_name(metric: str) -> str:
+    """What a metric is called in sentences."""
+    name, _, layer = metric.partition("/")
+    return f"{_METRICS[name]} in {layer}" if layer else _METRICS[name]
+
+
+def difference(value: float, metric: str) -> str:
+    """A difference with its sign and unit: percentage points, steps, or a plain number."""
+    if metric.startswith("test_accuracy"):
+        return f"{100 * value:+.2f} pp"
+    return f"{value:+,.0f} steps" if metric == "early_stop_step" else f"{value:+.3f}"
+
+
+def interval(row: Json) -> str:
+    """A row's difference and interval, such as `+2.31 pp [1.10, 3.52], n = 10`."""
+    if row["difference"] is None:
+        return "not known"
+    told = difference(row["difference"], row["metric"])
+    if row["interval"] is not None:
+        ends = [difference(end, row["metric"]).split()[0] for end in row["interval"]]
+        told += f" [{ends[0]}, {ends[1]}]"
+    return f"{told}, n = {row['num_seeds']}"
+
+
+def listed(items: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *most, last = items
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def answer(plan: Json, document: Json) -> list[str]:
+    """The study's answer, the headline first.
+
+    Args:
+        plan: the study's outline.
+        document: its tables (`windfall.tables.summary`).
+    """
+    rows = {row["effect"]: row for row in document["verdicts"]}
+    if not rows:
+        return ["No comparison of this study has both of its arms: there is nothing to decide."]
+    overlap = plan["metric"] == "mask_overlap"
+    sentences = _overlap(rows) if overlap else _causes(plan, rows)
+    sentences += [] if overlap else _matching(plan, document, rows)
+    return sentences + _winner(document)
+
+
+def _causes(plan: Json, rows: dict[str, Json]) -> list[str]:
+    causes = [row for effect, row in rows.items() if effect in _CAUSES]
+    density = percent(plan["densities"][str(plan["verdict_level"])])
+    sentences: list[str] = []
+    supported = [row for row in causes if row["verdict"] == "supported"]
+    supported.sort(key=lambda row: -abs(row["difference"]))
+    if supported:
+        told = listed(f"{_CAUSES[r['effect']]} ({interval(r)})" for r in supported)
+        sentences.append(
+            f"At {density} of the weights, the pruned network is good because of {told}."
+        )
+    for word, lead in (("refuted", "It is not because of"), ("undecided", "Undecided:")):
+        found = [row for row in causes if row["verdict"] == word]
+        if found:
+            told = listed(f"{_CAUSES[row['effect']]} ({_what_more(row)})" for row in found)
+            sentences.append(f"{lead} {told}.")
+    if causes and not supported:
+        sentences.insert(0, f"At {density} of the weights, no single cause is shown.")
+    return sentences
+
+
+def _what_more(row: Json) -> str:
+    if row["difference"] is None:
+        return "a run failed or is missing"
+    needed = row["seeds_needed"]
+    more = f"; about {needed:,} seeds would decide it" if needed else ""
+    return interval(row) + (more if row["verdict"] == "undecided" else "")
+
+
+def _matching(plan: Json, document: Json, rows: dict[str, Json]) -> list[str]:
+    sentences: list[str] = []
+    row = rows.get("matching")
+    if row is not None:
+        told = {
+            "supported": "matches the dense network",
+            "refuted": "does not match the dense network",
+            "undecided": "may or may not match the dense network",
+        }[row["verdict"]]
+        sentences.append(f"The ticket {told} in {metric_name(row['metric'])}: {_what_more(row)}.")
+    sentences += _stays(plan, document) + _speed(plan, document)
+    return sentences
+
+
+def _stays(plan: Json, document: Json) -> list[str]:
+    margin, metric = plan["margin"], plan["metric"]
+    if metric == "early_stop_step":
+        return []
+    rows = [*document["verdicts"], *document["comparisons"]]
+    within = [
+        row["density"]
+        for row in rows
+        if row["effect"] == "matching"
+        and row["metric"] == metric
+        and row["interval"] is not None
+        and row["interval"][0] > -margin
+    ]
+    if not within:
+        return []
+    return [
+        f"The smallest ticket whose interval stays within {100 * margin:.2g} pp of the dense"
+        f" network keeps {percent(min(within))} of the weights."
+    ]
+
+
+def _speed(plan: Json, document: Json) -> list[str]:
+    found = [
+        row
+        for row in document["comparisons"]
+        if row["effect"] == "matching"
+        and row["metric"] == "early_stop_step"
+        and row["level"] == plan["verdict_level"]
+        and row["difference"] is not None
+    ]
+    return [f"To the early stop, ticket - dense: {interval(row)}." for row in found]
+
+
+def _overlap(rows: dict[str, Json]) -> list[str]:
+    same, chance = rows.get("same-init"), rows.get("above-chance")
+    sentences: list[str] = []
+    if same is not None:
+        told = {
+            "supported": "The initialization fixes part of the mask",
+            "refuted": "The initialization does not fix the mask",
+            "undecided": "Whether the initialization fixes the mask is undecided",
+        }[same["verdict"]]
+        sentences.append(
+            f"{told}: masks of one theta_0 under two data orders overlap more than masks of two"
+            f" theta_0 by {_what_more(same)}."
+        )
+    if chance is not None:
+        told = {"supported": "more than", "refuted": "no more than", "undecided": "perhaps as"}
+        sentences.append(
+            f"Masks of different theta_0 overlap {told[chance['verdict']]} chance:"
+            f" {_what_more(chance)}."
+        )
+    return sentences
+
+
+def _winner(document: Json) -> list[str]:
+    winner = document["winner_record"]
+    if winner is None:
+        return []
+    return [
+        f"The best pruned network by validation accuracy is {winner['arm']}, seed"
+        f" {winner['seed']}: {percent(winner['test_accuracy'])} on test at"
+        f" {percent(winner['density'])} of the weights (run {document['winner'][:12]})."
+    ]
+
+
+def notes(plan: Json, document: Json, versions: list[dict[str, str]]) -> list[str]:
+    """What a reader must know beside the numbers: data, versions, divergence, censoring."""
+    told = [plan["note"]] if plan["note"] else []
+    if len(versions) > 1:
+        each = "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in versions)
+        told.append(f"The runs were trained by different versions: {each}.")
+    diverged = sum(record["status"] == "diverged" for record in document["records"])
+    if diverged:
+        told.append(
+            f"{diverged} runs diverged: they count with accuracy 1/{plan['num_classes']}, early"
+            " stop never."
+        )
+    return told + _censored(document) + _unfinished(plan, document)
+
+
+def _censored(document: Json) -> list[str]:
+    rows = [row for row in document["arms"] if row["num_censored"]]
+    if not rows:
+        return []
+    by_arm: dict[str, list[str]] = {}
+    for row in rows:
+        told = f"{row['level']} ({row['num_censored']} of {row['num_seeds']})"
+        by_arm.setdefault(row["arm"], []).append(told)
+    places = "; ".join(f"{arm} at level {', '.join(levels)}" for arm, levels in by_arm.items())
+    return [
+        "An early stop at the last evaluation (or never) is censored, the true step may be later:"
+        f" {places}."
+    ]
+
+
+def _unfinished(plan: Json, document: Json) -> list[str]:
+    wanted = {address for *_, address in plan["nodes"]}
+    failed = {failure["address"] for failure in document["failures"]}
+    missing = len(wanted) - len(document["records"]) - len(failed)
+    if missing <= 0:
+        return []
+    return [f"{missing} of {len(wanted)} runs are not finished: their rows are empty."]
