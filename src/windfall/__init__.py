@@ -1,0 +1,51 @@
+"""Windfall: why a pruned network is good, and the network that won.
+
+    import windfall
+
+    result = windfall.run("lottery", {"num_seeds": 5})
+    print(result.answer[0])
+    result.verdicts.to_pandas()
+
+Your own network and data:
+
+    study = windfall.Study(model=make_network, data=windfall.tensors(images, labels), num_seeds=5)
+    windfall.run(study)
+
+The map, in the order of reading: `spec`, `seeds` (ground); `masks`, `initialize`, `models`,
+`flops`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`, `engines`,
+`tickets`, `arms` (laboratory); `stats`, `study`, `store`, `execute` (studies); `tables`, `plots`,
+`page`, `cli` (outside).
+"""
+
+from importlib.metadata import version
+
+from windfall.data import load as load_data
+from windfall.data import tensors
+from windfall.execute import Interrupted
+from windfall.prune import Prune
+from windfall.runs import Run
+from windfall.spec import SpecError
+from windfall.store import Lab
+from windfall.study import Study
+from windfall.study import load as load_study
+from windfall.train import Recipe
+from windfall.verbs import Result, plan, run, show
+
+__version__ = version("windfall")
+
+__all__ = [
+    "Interrupted",
+    "Lab",
+    "Prune",
+    "Recipe",
+    "Result",
+    "Run",
+    "SpecError",
+    "Study",
+    "load_data",
+    "load_study",
+    "plan",
+    "run",
+    "show",
+    "tensors",
+]
