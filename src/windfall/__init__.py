@@ -29,7 +29,7 @@ from windfall.store import Lab
 from windfall.study import Study
 from windfall.study import load as load_study
 from windfall.train import Recipe
-from windfall.verbs import Result, plan, run, show
+from windfall.verbs import Result, plan, report, run, show
 
 __version__ = version("windfall")
 
@@ -45,6 +45,7 @@ __all__ = [
     "load_data",
     "load_study",
     "plan",
+    "report",
     "run",
     "show",
     "tensors",

@@ -182,5 +182,5 @@ def bench(
 
 def main() -> None:
     """The entry point of the `windfall` command."""
-    sys.path.insert(0, str(Path.cwd()))  # a user's `package.module:function` lies where they stand
+    sys.path.append(str(Path.cwd()))  # a user's `package.module:function` lies where they stand
     app()

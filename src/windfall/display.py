@@ -66,7 +66,7 @@ def _bar(name: str, console: Console) -> Generator[Callable[[executor.Progress],
 @contextlib.contextmanager
 def _lines(name: str, console: Console) -> Generator[Callable[[executor.Progress], None]]:
     del console
-    told = time.monotonic() - LINE_SECONDS + 2
+    told = time.monotonic() - LINE_SECONDS + min(2.0, LINE_SECONDS)
 
     def update(progress: executor.Progress) -> None:
         nonlocal told

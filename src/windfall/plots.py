@@ -13,7 +13,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -21,14 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 Row = Mapping[str, Any]
 Table = Sequence[Row]
+Number = int | float  # in a JSON document, a round number is an int
 
-WIDE = 7.2  # inches: the text width of a two-column page
-NARROW = 3.5  # one column of it, and the screen of a telephone
+WIDE, NARROW = 7.2, 3.5  # inches: the text width of a two-column page, and one column of it
 
 # From blue to pink: Okabe and Ito (2008), distinct in every common form of color blindness.
 COLORS = {
@@ -81,24 +81,20 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlecolor": COLORS["ink"],
     "axes.titlelocation": "left",
     "axes.titlesize": 8.5,
     "axes.titleweight": "bold",
-    "figure.facecolor": COLORS["paper"],
-    "axes.facecolor": "none",
     "legend.frameon": False,
     "lines.linewidth": 1.5,
     "lines.markersize": 4.2,
 }
 _FADE = LinearSegmentedColormap.from_list("fade", [COLORS["leaf"] + "00", COLORS["leaf"]])
 _DECIMALS = re.compile(r"(\d\.\d\d)\d+")  # a hundredth of a point is below any resolution
-_Item = TypeVar("_Item")
 _styled = matplotlib.rc_context(_STYLE)
 
 
 def look(arm: str) -> Look:
-    """How an arm is drawn in every figure; one that is not in `LOOKS` is gray and keeps its name."""
+    """How an arm is drawn in every figure; one that `LOOKS` lacks is gray and keeps its name."""
     return LOOKS.get(arm, Look("muted", "h", arm))
 
 
@@ -139,16 +135,16 @@ def early_stop(rows: Table, *, width_inches: float = WIDE) -> Figure:
     figure, axes = _against_density(rows, "early_stop_step", 1.0, width_inches)
     axes.set_title("Step of lowest validation loss")
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    censored = [row for row in _of_metric(rows, "early_stop_step") if row["num_censored"]]
-    for row in censored:
+    chosen = [row for row in rows if row["metric"] == "early_stop_step" and row["num_censored"]]
+    for row in chosen:
         color, marker, _ = look(row["arm"])
         hollow: dict[str, Any] = {
             "color": COLORS[color],
             "markerfacecolor": COLORS["paper"],
             "zorder": 4,
         }
-        axes.plot(row["density"], _scaled([row["mean"]], 1), marker, label="_censored", **hollow)
-    if censored:
+        axes.plot(row["density"], _scaled([row["mean"]], 1.0), marker, label="_censored", **hollow)
+    if chosen:
         note = "Hollow: the loss of some runs still fell at the last evaluation; a lower bound."
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=COLORS["muted"], wrap=True)
     return figure
@@ -201,6 +197,7 @@ def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
     names = list(dict.fromkeys(row["layer"] for row in layers))
     levels = sorted({row["level"] for row in layers if row["level"]} or {0})
     chosen = _spread(levels, 4 if width_inches > NARROW else 2)
+    labels = [_literal(name, int(5 * width_inches)) for name in names]
     height = 0.6 + 0.23 * max(3, len(names))
     figure = Figure(figsize=(width_inches, height), layout="constrained")
     panels = figure.subplots(1, len(chosen), sharex=True, sharey=True, squeeze=False)[0]
@@ -213,12 +210,9 @@ def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
             axes.text(100 * each + 2, place, percent(each), va="center_baseline", fontsize=7)
         total = max(1, sum(row["total"] for row in rows))
         axes.set_title(f"Level {level}, {percent(sum(row['kept'] for row in rows) / total)}")
-        axes.set(xlim=(0, 125), ylim=(len(names) - 0.4, -0.6))
-        axes.xaxis.set_major_locator(NullLocator())
+        axes.set(xlim=(0, 125), ylim=(len(names) - 0.4, -0.6), xticks=[])
         axes.spines["bottom"].set_visible(False)
-        axes.set_yticks(
-            range(len(names)), [_literal(name, int(5 * width_inches)) for name in names]
-        )
+        axes.set_yticks(range(len(names)), labels)
         axes.tick_params(axis="y", length=0, labelcolor=COLORS["ink"])
     return figure
 
@@ -236,7 +230,7 @@ def mask_pictures(pictures: Table, *, width_inches: float = WIDE) -> Figure:
         width_inches: Width of the figure.
     """
     columns = 5 if width_inches > NARROW else 3
-    chosen = _spread(list(pictures), columns)
+    chosen = _spread(pictures, columns)
     figure = Figure(figsize=(width_inches, width_inches / columns + 0.35), layout="constrained")
     several_layers = len({picture["layer"] for picture in chosen}) > 1
     panels = figure.subplots(1, columns, squeeze=False)[0]
@@ -270,9 +264,8 @@ def overlap(rows: Table, *, width_inches: float = WIDE) -> Figure:
     figure = Figure(figsize=(width_inches, height), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for metric, axes in zip(metrics, panels, strict=False):
-        _draw_arms(axes, _of_metric(rows, metric), 1.0, 0.9 * width_inches / columns)
-        layer = metric.partition("/")[2] or "whole network"
-        axes.set_title(_literal(f"Overlap, {layer}"))
+        _draw_arms(axes, rows, metric, 1.0, 0.9 * width_inches / columns)
+        axes.set_title(_literal(f"Overlap, {metric.partition('/')[2] or 'whole network'}"))
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
     _legend(figure, panels, width_inches)
@@ -290,8 +283,7 @@ def svg(figure: Figure) -> str:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "windfall", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    text = "<svg" + buffer.getvalue().partition("<svg")[2].replace("xlink:href", "href")
     text = text.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
     # matplotlib's style sheet speaks of every element, which in a page is the whole page
     text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)
@@ -305,19 +297,15 @@ def svg(figure: Figure) -> str:
     return re.sub(r'( id="|href="#|url\(#)(?=\w)', rf"\g<1>{prefix}-", text).strip()
 
 
-def percent(fraction: float) -> str:
+def percent(fraction: Number) -> str:
     """A fraction in percent, to three digits: 1 is "100%", 0.0115 is "1.15%"."""
     return f"{100 * fraction:.3g}%"
 
 
-def in_order(rows: Table) -> list[Row]:
-    """The rows by arm as in `LOOKS` (others last), then by level: the order of lines and legends."""
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """The rows by arm as in `LOOKS`, others last, then by level: the order of lines and tables."""
     rank = {arm: place for place, arm in enumerate(LOOKS)}
     return sorted(rows, key=lambda row: (rank.get(row["arm"], len(rank)), row["arm"], row["level"]))
-
-
-def _of_metric(rows: Table, metric: str) -> list[Row]:
-    return [row for row in in_order(rows) if row["metric"] == metric]
 
 
 def _against_density(
@@ -326,13 +314,14 @@ def _against_density(
     height = 3.4 if width_inches > NARROW else 3.0
     figure = Figure(figsize=(width_inches, height), layout="constrained")
     axes = figure.subplots()
-    _draw_arms(axes, _of_metric(rows, metric), scale, width_inches - 1.2)
+    _draw_arms(axes, rows, metric, scale, width_inches - 1.2)
     _name_the_ends(axes, width_inches - 1.2)
     return figure, axes
 
 
-def _draw_arms(axes: Axes, rows: list[Row], scale: float, inches: float) -> None:
+def _draw_arms(axes: Axes, rows: Table, metric: str, scale: float, inches: float) -> None:
     """Every arm's line, begun at the dense network; `inches` is about the length of the axis."""
+    rows = in_order(row for row in rows if row["metric"] == metric)
     dense = [row for row in rows if row["arm"] == "dense"]
     for row in dense:
         _draw_dense(axes, row, scale)
@@ -359,7 +348,7 @@ def _draw_dense(axes: Axes, row: Row, scale: float) -> None:
     axes.plot([row["density"]], mean, "o", color=color, label="dense", zorder=3)
 
 
-def _density_axis(axes: Axes, densities: list[float], inches: float) -> None:
+def _density_axis(axes: Axes, densities: list[Number], inches: float) -> None:
     """Logarithmic, from all the weights on the left to few on the right; labels where they fit."""
     ticks = sorted(set(densities), reverse=True) or [1.0]
     span = math.log(ticks[0] / ticks[-1]) or 1.0
@@ -386,8 +375,7 @@ def _quiet(axes: Axes, num_ticks: int) -> None:
 
 def _name_the_ends(axes: Axes, inches: float) -> None:
     """Names and markers right of the plot, each as near to its line's end as the others allow."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
+    low, high = axes.set_ylim(axes.get_ylim())
     ends: list[tuple[float, str]] = []
     for arm, line in _lines([axes]).items():
         values = np.asarray(line.get_ydata(), dtype=float)
@@ -446,15 +434,14 @@ def _lines(panels: Iterable[Axes]) -> dict[str, Line2D]:
     return {label: line for label, line in lines.items() if not label.startswith("_")}
 
 
-def _scaled(values: Sequence[float | None], scale: float) -> NDArray[np.float64]:
+def _scaled(values: Sequence[Number | None], scale: float) -> NDArray[np.float64]:
     return scale * np.array(values, dtype=float)
 
 
-def _spread(items: list[_Item], count: int) -> list[_Item]:
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of the items, evenly chosen, the first and the last among them."""
-    if len(items) <= count:
-        return items
-    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[round(place)] for place in places]
 
 
 def _literal(text: str, limit: int = 28) -> str:

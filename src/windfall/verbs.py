@@ -163,7 +163,7 @@ def _result(
 
 
 def _write_page(document: Json, page: Path) -> None:
-    from windfall.report import render
+    from windfall.page import render
 
     try:
         write_whole(page, render(document).encode())

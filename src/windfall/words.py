@@ -11,8 +11,8 @@ from windfall.spec import Json
 _CAUSES = {
     "initialization": "its lucky initialization",
     "weights": "the weights it inherited",
-    "connectivity": "which connections were found",
-    "allocation": "how many connections each layer kept",
+    "connectivity": "which connections were kept",
+    "allocation": "how many each layer kept",
 }
 _METRICS = {
     "test_accuracy": "test accuracy at the last step",
@@ -70,28 +70,32 @@ def answer(plan: Json, document: Json) -> list[str]:
     overlap = plan["metric"] == "mask_overlap"
     sentences = _overlap(rows) if overlap else _causes(plan, rows)
     sentences += [] if overlap else _matching(plan, document, rows)
-    return sentences + _winner(document)
+    return sentences if overlap else sentences + _winner(document)
 
 
 def _causes(plan: Json, rows: dict[str, Json]) -> list[str]:
     causes = [row for effect, row in rows.items() if effect in _CAUSES]
     density = percent(plan["densities"][str(plan["verdict_level"])])
-    sentences: list[str] = []
     supported = [row for row in causes if row["verdict"] == "supported"]
     supported.sort(key=lambda row: -abs(row["difference"]))
+    sentences: list[str] = []
     if supported:
-        told = listed(f"{_CAUSES[r['effect']]} ({interval(r)})" for r in supported)
-        sentences.append(
-            f"At {density} of the weights, the pruned network is good because of {told}."
-        )
-    for word, lead in (("refuted", "It is not because of"), ("undecided", "Undecided:")):
+        told = listed(_CAUSES[row["effect"]] for row in supported)
+        sentences.append(f"At {density} of its weights, the network owes its accuracy to {told}.")
+        numbers = "; ".join(f"{_compares(row)} {interval(row)}" for row in supported)
+        sentences.append(f"In numbers: {numbers}.")
+    elif causes:
+        sentences.append(f"At {density} of its weights, no single cause is shown.")
+    for word, lead in (("refuted", "It is not"), ("undecided", "Undecided:")):
         found = [row for row in causes if row["verdict"] == word]
         if found:
             told = listed(f"{_CAUSES[row['effect']]} ({_what_more(row)})" for row in found)
             sentences.append(f"{lead} {told}.")
-    if causes and not supported:
-        sentences.insert(0, f"At {density} of the weights, no single cause is shown.")
     return sentences
+
+
+def _compares(row: Json) -> str:
+    return f"{row['arm']} - {row['against']}"
 
 
 def _what_more(row: Json) -> str:
@@ -163,7 +167,11 @@ def _overlap(rows: dict[str, Json]) -> list[str]:
             f" theta_0 by {_what_more(same)}."
         )
     if chance is not None:
-        told = {"supported": "more than", "refuted": "no more than", "undecided": "perhaps as"}
+        told = {
+            "supported": "more than",
+            "refuted": "no more than",
+            "undecided": "perhaps as much as",
+        }
         sentences.append(
             f"Masks of different theta_0 overlap {told[chance['verdict']]} chance:"
             f" {_what_more(chance)}."
@@ -198,17 +206,13 @@ def notes(plan: Json, document: Json, versions: list[dict[str, str]]) -> list[st
 
 
 def _censored(document: Json) -> list[str]:
-    rows = [row for row in document["arms"] if row["num_censored"]]
-    if not rows:
+    rows = [row for row in document["arms"] if row["metric"] == "early_stop_step"]
+    censored, runs = (sum(row[name] for row in rows) for name in ("num_censored", "num_seeds"))
+    if not censored:
         return []
-    by_arm: dict[str, list[str]] = {}
-    for row in rows:
-        told = f"{row['level']} ({row['num_censored']} of {row['num_seeds']})"
-        by_arm.setdefault(row["arm"], []).append(told)
-    places = "; ".join(f"{arm} at level {', '.join(levels)}" for arm, levels in by_arm.items())
     return [
-        "An early stop at the last evaluation (or never) is censored, the true step may be later:"
-        f" {places}."
+        f"{censored} of {runs} early stops are censored (their rows are marked): they fall on the"
+        " last evaluation or never come, so the true step may be later."
     ]
 
 

@@ -2,10 +2,10 @@
 
 The page loads nothing and runs no script, and every number in it leads to the addresses of its
 runs. What an effect, an arm or a metric is called stands in the tables below; how the page looks
-stands in `report.html.j2`.
+stands in `page.html.j2`.
 
-    page = report.render(document)
-    Path("lottery.html").write_text(page, encoding="utf-8")
+    html = page.render(document)
+    Path("lottery.html").write_text(html, encoding="utf-8")
 """
 
 import functools
@@ -19,9 +19,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from windfall import plots
+from windfall.arms import EFFECTS
+from windfall.plots import Number, Row
 
 Document = Mapping[str, Any]
-Row = Mapping[str, Any]
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -30,7 +31,7 @@ class Metric(NamedTuple):
     """How a metric is written: its name, factor and digits, and the units of values and gaps."""
 
     words: str
-    scale: float = 1.0
+    scale: Number = 1
     digits: int = 3
     unit: str = ""
     gap_unit: str = ""
@@ -43,21 +44,14 @@ METRICS = {
     "mask_overlap": Metric("Mask overlap, whole network"),
 }
 
-QUESTIONS = {
-    "matching": "is it as good as the whole network?",
-    "weights": "is it what the weights learned?",
-    "initialization": "is it luck?",
-    "connectivity": "is it which connections?",
-    "allocation": "is it how many in which layer?",
-    "architecture": "is it the architecture?",
-}
+QUESTIONS = {effect.name: effect.reads for effect in EFFECTS}
 
 ARMS = {
     "dense": "the whole network, the reference",
     "ticket": "the mask that pruning found, from the original initialization",
     "rewind": "a mask that pruning found, from the weights a few steps into training",
-    "finetune": "the ticket\N{RIGHT SINGLE QUOTATION MARK}s mask, going on from the trained weights",
-    "reinit": "the ticket\N{RIGHT SINGLE QUOTATION MARK}s mask, from a fresh initialization",
+    "finetune": "the ticket's mask, going on from the trained weights",
+    "reinit": "the ticket's mask, from a fresh initialization",
     "shuffled": "that mask permuted inside each layer, from the same fresh initialization",
     "random": "as many weights anywhere in the network, from the same fresh initialization",
     "scratch-e": "the physically smaller network, fresh, for as many epochs as the dense one",
@@ -94,7 +88,7 @@ class Group(NamedTuple):
 
     metric: str
     rows: Sequence[Row]
-    place: Callable[[float], str]
+    place: Callable[[Number], str]
 
 
 def render(document: Document) -> str:
@@ -110,18 +104,19 @@ def render(document: Document) -> str:
     Returns:
         HTML that refers to nothing outside itself; all text of the document is escaped.
     """
-    arms = [row | {"id": f"row-{n}"} for n, row in enumerate(plots.in_order(document["arms"]))]
+    arms = [{**row, "id": f"row-{n}"} for n, row in enumerate(plots.in_order(document["arms"]))]
     records = {record["address"]: record for record in document["records"]}
     reasons = {address: record["status"] for address, record in records.items()}
     reasons |= {each["address"]: f"failed: {each['reason']}" for each in document["failures"]}
     margin = document["settings"].get("margin")
+    landmarks = (0.0, -margin, margin) if margin else (0.0,)
     return _template().render(
         document=document,
         notes=[*document["notes"], *_mixed_versions(records.values())],
         drawings=dict(_drawings(document)),
         arms=list(_groups(arms, "mean", ())),
         arm_words={row["arm"]: ARMS.get(row["arm"], "") for row in arms},
-        verdicts=list(_groups(_traced(document["verdicts"], arms), "difference", (0.0,), margin)),
+        verdicts=list(_groups(_traced(document["verdicts"], arms), "difference", landmarks)),
         comparisons=list(_groups(_traced(document["comparisons"], arms), "difference", (0.0,))),
         margin=margin,
         basis=_basis(arms),
@@ -136,25 +131,9 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "value": _value,
-        "gap": _gap,
-        "interval": _interval,
-        "percent": plots.percent,
-        "p_value": _p_value,
-        "duration": _duration,
-        "flops": _flops,
-    }
-    environment.globals |= {
-        "metric": _metric,
-        "look": plots.look,
-        "colors": plots.COLORS,
-        "marks": MARKS,
-        "questions": QUESTIONS,
-        "why": _why,
-    }
-    source = resources.files("windfall").joinpath("report.html.j2")
-    return environment.from_string(source.read_text(encoding="utf-8"))
+    environment.filters.update(_FILTERS)
+    source = resources.files("windfall").joinpath("page.html.j2")
+    return environment.from_string(source.read_text(encoding="utf-8"), globals=_GLOBALS)
 
 
 def _drawings(document: Document) -> Iterator[tuple[str, Drawing]]:
@@ -207,21 +186,15 @@ def _addresses(rows: Iterable[Row], *, seed: int | None = None) -> list[str]:
     return list(dict.fromkeys(run["address"] for run in runs))
 
 
-def _groups(
-    rows: Sequence[Row], key: str, landmarks: Sequence[float], margin: float | None = None
-) -> Iterator[Group]:
+def _groups(rows: Sequence[Row], key: str, landmarks: Sequence[Number]) -> Iterator[Group]:
     for metric in dict.fromkeys(row["metric"] for row in rows):
         chosen = [row for row in rows if row["metric"] == metric]
-        shown = [
-            *landmarks,
-            *((-margin, margin) if margin and _metric(metric).gap_unit == " pp" else ()),
-        ]
-        for row in chosen:
-            shown += [value for value in (row[key], *(row["interval"] or ())) if value is not None]
+        shown = [end for row in chosen for end in (row[key], *(row["interval"] or ()))]
+        shown = [*landmarks, *(end for end in shown if end is not None)]
         yield Group(metric, chosen, _ruler(shown))
 
 
-def _ruler(values: Sequence[float]) -> Callable[[float], str]:
+def _ruler(values: Sequence[Number]) -> Callable[[Number], str]:
     low, high = min(values, default=0.0), max(values, default=1.0)
     return lambda value: f"{3 + 94 * (value - low) / ((high - low) or 1.0):.1f}%"
 
@@ -293,36 +266,55 @@ def _metric(name: str) -> Metric:
     return METRICS.get(name, Metric(name if layer == name else f"Mask overlap, {layer}"))
 
 
-def _value(value: float, name: str) -> str:
+def _value(value: Number, name: str) -> str:
     _, scale, digits, unit, _ = _metric(name)
     return f"{scale * value:,.{digits}f}{unit}".replace("-", MINUS)
 
 
-def _gap(value: float, name: str, *, is_bare: bool = False) -> str:
+def _gap(value: Number, name: str, *, is_bare: bool = False) -> str:
     _, scale, digits, _, unit = _metric(name)
     rounded = round(scale * value, digits) + 0.0  # + 0.0 makes a rounded minus zero zero
     return f"{rounded:+,.{digits}f}{'' if is_bare else unit}".replace("-", MINUS)
 
 
-def _interval(ends: Sequence[float], name: str, *, is_gap: bool = False) -> str:
+def _interval(ends: Sequence[Number], name: str, *, is_gap: bool = False) -> str:
     if is_gap:
         return f"[{_gap(ends[0], name, is_bare=True)}, {_gap(ends[1], name, is_bare=True)}]"
     unit = _metric(name).unit
     return f"[{', '.join(_value(end, name).removesuffix(unit) for end in ends)}]"
 
 
-def _p_value(p_value: float, sign: str = "") -> str:
+def _p_value(p_value: Number, sign: str = "") -> str:
     return "< 0.001" if p_value < 0.001 else f"{sign}{p_value:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: Number) -> str:
     minutes = round(seconds / 60)
     if seconds < 60:
         return f"{seconds:.3g} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def _flops(flops: float) -> str:
+def _flops(flops: Number) -> str:
     prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
     power = min(len(prefixes) - 1, max(0, len(f"{flops:.0f}") - 1) // 3)
     return f"{float(f'{flops / 1000**power:.3g}'):g} {prefixes[power]}FLOPs"
+
+
+_FILTERS: dict[str, Any] = {
+    "value": _value,
+    "gap": _gap,
+    "interval": _interval,
+    "percent": plots.percent,
+    "p_value": _p_value,
+    "duration": _duration,
+    "flops": _flops,
+}
+_GLOBALS: dict[str, Any] = {
+    "metric": _metric,
+    "look": plots.look,
+    "colors": plots.COLORS,
+    "marks": MARKS,
+    "questions": QUESTIONS,
+    "why": _why,
+}

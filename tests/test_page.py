@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from windfall import report
+from windfall.page import render
 
 ARMS = ("ticket", "rewind", "finetune", "reinit", "shuffled", "random")
 SAGS = {
@@ -190,7 +190,7 @@ def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(made.values())
 
 
-def lottery(num_seeds: int = 5, levels: int = 7) -> dict[str, Any]:
+def lottery(num_seeds: int = 3, levels: int = 4) -> dict[str, Any]:
     """A document as a study of tickets makes it, with invented but plausible values."""
     rng = np.random.default_rng(0)
     rows = arm_rows(rng, num_seeds, levels)
@@ -211,11 +211,11 @@ def lottery(num_seeds: int = 5, levels: int = 7) -> dict[str, Any]:
             "name": "lottery-mnist",
             "address": address("study"),
             "title": "The lottery ticket hypothesis on MNIST.",
-            "question": "Is a pruned network good because of its weights, its architecture, or its luck?",
+            "question": "Is a pruned network good for its weights, its architecture, or its luck?",
         },
         "answer": [
-            "It is luck: at 13.6% of the weights, the ticket beats its own mask with fresh weights by 1.1 points.",
-            "The ticket matches the dense network within half a percentage point, and stops earlier.",
+            "It is luck: with fresh weights, the ticket loses its advantage.",
+            "The ticket matches the dense network within the margin, and stops earlier.",
             "Which connections are kept matters less than how many are kept in which layer.",
         ],
         "settings": {
@@ -285,7 +285,8 @@ def lottery(num_seeds: int = 5, levels: int = 7) -> dict[str, Any]:
 def with_failure() -> dict[str, Any]:
     """One crashed and one diverged run, so rows without numbers and numbers with a remark."""
     document = lottery() | {"curves": [], "layers": [], "pictures": []}
-    gone, astray = address("", "reinit", 4, 2), address("", "random", 7, 0)
+    level = document["settings"]["verdict_level"]
+    gone, astray = address("", "reinit", level, 2), address("", "random", level + 1, 0)
     for row in document["arms"]:
         addresses = [run["address"] for run in row["runs"]]
         if gone in addresses:
@@ -297,13 +298,19 @@ def with_failure() -> dict[str, Any]:
                 row |= {"mean": None, "interval": None}
                 row["runs"][addresses.index(astray)]["value"] = None
     for row in document["verdicts"] + document["comparisons"]:
-        if row["level"] == 4 and "reinit" in {row["arm"], row["against"]}:
+        if row["level"] == level and "reinit" in {row["arm"], row["against"]}:
             row |= {"difference": None, "interval": None, "p_value": None}
     document["verdicts"] = [
         row if row["difference"] is not None else with_word(row) for row in document["verdicts"]
     ]
     document["failures"] = [
-        {"address": gone, "arm": "reinit", "level": 4, "seed": 2, "reason": "the worker was killed"}
+        {
+            "address": gone,
+            "arm": "reinit",
+            "level": level,
+            "seed": 2,
+            "reason": "the worker was killed",
+        }
     ]
     for record in document["records"]:
         if record["address"] == gone:
@@ -316,7 +323,7 @@ def with_failure() -> dict[str, Any]:
 
 
 def overlap_study() -> dict[str, Any]:
-    """A document as a study of masks makes it: three arms, the overlap of all layers and of each."""
+    """A document as a study of masks makes it: overlaps of all layers and of each, three arms."""
     rng = np.random.default_rng(1)
     document = lottery()
     rows = [
@@ -401,7 +408,7 @@ DOCUMENTS = (lottery, single_seed, with_failure, overlap_study, dense_only, host
 
 @functools.cache
 def page_of(make: Callable[[], dict[str, Any]]) -> str:
-    return report.render(make())
+    return render(make())
 
 
 @functools.cache
@@ -487,13 +494,9 @@ def test_every_value_stands_beside_the_address_of_its_run():
                 assert f"seed {run['seed']} {run['value']:,.0f} {run['address']}" in text
 
 
-def test_the_page_is_the_same_for_the_same_document():
-    assert report.render(single_seed()) == page_of(single_seed)
-
-
-def test_the_document_is_left_as_it_was():
+def test_the_page_is_the_same_for_the_same_document_which_is_left_as_it_was():
     document = single_seed()
-    report.render(document)
+    assert render(document) == page_of(single_seed)
     assert document == single_seed()
 
 
@@ -515,14 +518,14 @@ def test_a_verdict_says_what_is_compared_by_how_much_and_how_sure():
     row = next(row for row in lottery()["verdicts"] if row["effect"] == "initialization")
     assert "Initialization: is it luck? ticket \N{MINUS SIGN} reinit" in words
     low, high = (f"{100 * end:+.2f}" for end in row["interval"])
-    assert f"{100 * row['difference']:+.2f} pp [{low}, {high}] at 99.2% , n = 5" in words
-    assert words.count("supported") >= 6
+    assert f"{100 * row['difference']:+.2f} pp [{low}, {high}] at 99.2%, n = 3" in words
+    assert words.count(" supported") >= 5
 
 
 def test_an_undecided_verdict_says_how_many_seeds_would_be_needed():
     document = single_seed() | {"arms": [], "layers": [], "comparisons": []}
     document["verdicts"] = [with_word(lottery()["verdicts"][0] | {"interval": [-0.1, 0.1]})]
-    page = " ".join(re.sub(r"<[^>]*>", " ", report.render(document)).split())
+    page = " ".join(re.sub(r"<[^>]*>", " ", render(document)).split())
     assert "undecided about 24 seeds would be needed" in page
 
 
@@ -589,5 +592,5 @@ def test_a_censored_mean_is_marked_as_a_lower_bound():
 def test_a_duration_is_said_in_two_units_at_most(seconds, text):
     document = nothing() | {"seconds": seconds, "flops": 2.1e15}
     assert f"2.1 PFLOPs in {text}" in " ".join(
-        re.sub(r"<[^>]*>", " ", report.render(document)).split()
+        re.sub(r"<[^>]*>", " ", render(document)).split()
     )

@@ -1,0 +1,281 @@
+"""What a study found, against values that were put into the lab by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from windfall import masks as masking
+from windfall import seeds, stats, tables
+from windfall.store import Lab, Record, now
+from windfall.study import Graph, Study, expand
+from windfall.train import Evaluation, State
+
+ARMS = ("ticket", "reinit", "shuffled", "random", "finetune")
+
+
+def study(**settings) -> Study:
+    base = {
+        "model": {"kind": "mlp", "hidden": [6]},
+        "data": "digits",
+        "arms": ARMS,
+        "num_seeds": 3,
+        "levels": 2,
+        "verdict_level": 2,
+        "recipe": {"steps": 40, "eval_every": 20},
+    }
+    return Study.model_validate(base | settings)
+
+
+def looks(run, accuracy: float, best: int = 1) -> list[Evaluation]:
+    """Three evaluations whose validation loss is least at the one numbered `best`."""
+    first, last = run.clock
+    steps = (first, (first + last) // 2, last)
+    return [
+        Evaluation(step, None, 1.0 + (i != best), 0.5, 1.0, accuracy - 0.01 * (2 - i))
+        for i, step in enumerate(steps)
+    ]
+
+
+def fill(lab: Lab, graph: Graph, accuracy, *, status="done", best=1, skip=()) -> None:
+    """Keep a made-up record of every node; `accuracy(node)` is its test accuracy at the end."""
+    for node in graph.nodes:
+        if node.address in skip or lab.record(node.address):
+            continue
+        run = graph.runs[node.address]
+        seen = looks(run, accuracy(node), best)
+        state = State(run.clock[1], {}, {}, made_up_masks(graph, node), evaluations=seen)
+        record = Record(
+            node.address,
+            run.to_json(),
+            status(node) if callable(status) else status,
+            seen,
+            [],
+            graph.counts[node.level],
+            1.5,
+            "separate/cpu",
+            {"windfall": "1", "torch": "2", "numpy": "3"},
+            now(),
+        )
+        lab.finish(record, state)
+
+
+def made_up_masks(graph: Graph, node) -> dict:
+    if node.level == 0:
+        return {}
+    shapes = {"hidden1.weight": (6, 64), "output.weight": (10, 6)}
+    full = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    counts = graph.study.prune.selection.counts(
+        graph.network.sizes, graph.network.kinds, node.level
+    )
+    return masking.scatter(counts, full, node.seed, node.arm)
+
+
+def noisy(node) -> float:
+    base = {"dense": 0.9, "ticket": 0.9, "finetune": 0.85, "reinit": 0.7}.get(node.arm, 0.6)
+    return base + 0.01 * float(seeds.stream(node.seed, node.arm, node.level).normal())
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(tmp_path / "lab")
+
+
+def summed(graph: Graph, lab: Lab) -> dict:
+    document = tables.summary(json.loads(json.dumps(tables.outline(graph))), lab)
+    json.dumps(document, allow_nan=False)
+    return document
+
+
+def row(document: dict, table: str, **where) -> dict:
+    found = [r for r in document[table] if all(r[k] == v for k, v in where.items())]
+    assert len(found) == 1, (where, len(found))
+    return found[0]
+
+
+def test_every_mean_and_interval_is_that_of_the_runs_it_names(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    for found in document["arms"]:
+        values = [run["value"] for run in found["runs"]]
+        assert found["mean"] == pytest.approx(math.fsum(values) / 3, abs=1e-15)
+        assert found["interval"] == list(stats.mean_interval(values))
+        for run in found["runs"]:
+            evaluations = lab.record(run["address"]).evaluations
+            first = graph.runs[run["address"]].clock[0]
+            expected = {
+                "test_accuracy": evaluations[-1].test_accuracy,
+                "test_accuracy_at_early_stop": evaluations[1].test_accuracy,
+                "early_stop_step": evaluations[1].step - first,
+            }
+            assert run["value"] == expected[found["metric"]]
+
+
+def test_verdicts_are_paired_by_seed_and_decided_as_one_family(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    by_place = {(n.arm, n.level, n.seed): noisy(n) for n in graph.nodes}
+    names = [v["effect"] for v in document["verdicts"]]
+    assert names == [
+        "matching", "weights", "initialization", "connectivity", "allocation", "architecture",
+    ]  # fmt: skip
+    claims = [
+        stats.Claim(
+            [
+                by_place[v["arm"], 2, s]
+                - by_place[v["against"], 0 if v["against"] == "dense" else 2, s]
+                for s in range(3)
+            ],
+            "non-inferior" if v["effect"] == "matching" else "superior",
+        )
+        for v in document["verdicts"]
+    ]
+    for found, expected in zip(document["verdicts"], stats.decide(claims, 0.005), strict=True):
+        assert found["difference"] == pytest.approx(expected.difference)
+        assert found["interval"] == pytest.approx(list(expected.interval))
+        assert found["p_adjusted"] == pytest.approx(expected.p_adjusted)
+        assert found["verdict"] == expected.word
+        assert (found["level"], found["metric"], found["num_seeds"]) == (2, "test_accuracy", 3)
+
+
+def test_other_levels_and_metrics_are_compared_without_a_verdict(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    places = {(c["effect"], c["level"], c["metric"]) for c in document["comparisons"]}
+    primary = {(v["effect"], 2, "test_accuracy") for v in document["verdicts"]}
+    assert len(places) == len(document["comparisons"]) == 6 * 2 * 3 - 6
+    assert not places & primary
+    assert all("verdict" not in c for c in document["comparisons"])
+
+
+def test_a_missing_run_makes_its_rows_null_and_their_verdicts_undecided(lab):
+    graph = expand(study())
+    (lost,) = [n.address for n in graph.nodes if (n.arm, n.level, n.seed) == ("reinit", 2, 1)]
+    fill(lab, graph, noisy, skip={lost})
+    lab.fail(lost, "killed")
+    document = summed(graph, lab)
+    found = row(document, "arms", arm="reinit", level=2, metric="test_accuracy")
+    assert found["mean"] is None
+    assert found["interval"] is None
+    assert [r["value"] is None for r in found["runs"]] == [False, True, False]
+    for verdict in document["verdicts"]:
+        if "reinit" in (verdict["arm"], verdict["against"]):
+            assert verdict["verdict"] == "undecided"
+            assert verdict["difference"] is None
+            assert verdict["p_value"] is None
+    assert [f["address"] for f in document["failures"]] == [lost]
+    assert row(document, "failures", arm="reinit")["reason"] == "killed"
+
+
+def test_a_diverged_run_counts_with_the_accuracy_of_chance_and_never_stops(lab):
+    graph = expand(study())
+    is_bad = {n.address for n in graph.nodes if (n.arm, n.level, n.seed) == ("reinit", 2, 0)}
+    status = lambda node: "diverged" if node.address in is_bad else "done"  # noqa: E731
+    fill(lab, graph, noisy, status=status)
+    document = summed(graph, lab)
+    found = row(document, "arms", arm="reinit", level=2, metric="test_accuracy")
+    assert found["num_diverged"] == 1
+    assert found["runs"][0]["value"] == 1 / 10
+    assert row(document, "verdicts", effect="initialization")["num_diverged"] == 1
+    never = row(document, "arms", arm="reinit", level=2, metric="early_stop_step")
+    assert never["runs"][0]["value"] == 40
+    assert never["num_censored"] == 1
+    assert any("1 runs diverged" in note for note in document["notes"])
+
+
+def test_an_early_stop_at_the_last_evaluation_is_censored_and_said_so(lab):
+    graph = expand(study(arms=["ticket"]))
+    fill(lab, graph, noisy, best=2)
+    document = summed(graph, lab)
+    found = row(document, "arms", arm="ticket", level=1, metric="early_stop_step")
+    assert found["num_censored"] == 3
+    assert found["mean"] == 40
+    assert any("censored" in note for note in document["notes"])
+
+
+def test_steps_count_from_the_start_of_a_run(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    found = row(summed(graph, lab), "arms", arm="finetune", level=1, metric="early_stop_step")
+    assert found["mean"] == 5  # half of a quarter of 40
+
+
+def test_fewer_steps_are_better_when_a_verdict_is_about_them(lab):
+    graph = expand(study(metric="early_stop_step", arms=["ticket", "reinit"]))
+    for node in graph.nodes:
+        run = graph.runs[node.address]
+        best = 0 if node.arm == "ticket" else 1
+        seen = looks(run, 0.9, best)
+        state = State(40, {}, {}, made_up_masks(graph, node), evaluations=seen)
+        parts = (seen, [], 1, 1.0, "e", {}, now())
+        lab.finish(Record(node.address, run.to_json(), "done", *parts), state)
+    document = summed(graph, lab)
+    found = row(document, "verdicts", effect="initialization")
+    assert found["difference"] == -20
+    assert found["verdict"] == "supported"
+    assert row(document, "verdicts", effect="matching")["verdict"] == "supported"
+
+
+def test_the_overlap_of_masks_is_that_of_the_runs_it_names(lab):
+    arms = ["ticket", "other-order", "other-init"]
+    graph = expand(study(metric="mask_overlap", arms=arms))
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    assert {r["arm"] for r in document["arms"]} == {"other-order", "other-init", "chance"}
+    place = {(n.arm, n.level, n.seed): n.address for n in graph.nodes}
+    for found in document["arms"]:
+        layer = found["metric"].partition("/")[2]
+        for run in found["runs"]:
+            tickets = lab.masks(place["ticket", found["level"], run["seed"]])
+            names = [layer] if layer else list(tickets)
+            if found["arm"] == "chance":
+                counts = [int(tickets[name].sum()) for name in names]
+                sizes = [tickets[name].numel() for name in names]
+                expected = masking.chance_overlap(sizes, counts, counts)
+            else:
+                other = lab.masks(run["address"])
+                both = sum(int((tickets[n] & other[n]).sum()) for n in names)
+                either = sum(int((tickets[n] | other[n]).sum()) for n in names)
+                expected = both / either
+            assert run["value"] == pytest.approx(expected, abs=1e-12)
+    assert [v["effect"] for v in document["verdicts"]] == ["same-init", "above-chance"]
+
+
+def test_the_winner_is_the_best_by_validation_accuracy_at_the_level_of_the_verdicts(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    assert document["winner_record"]["level"] == 2
+    assert document["winner"] in {n.address for n in graph.nodes if n.level == 2}
+
+
+def test_numbers_of_different_versions_are_said_to_be_mixed(lab):
+    graph = expand(study(arms=["ticket"]))
+    fill(lab, graph, noisy)
+    record = lab.record(graph.nodes[0].address)
+    other = Record(**{**vars(record), "versions": {**record.versions, "torch": "9.9"}})
+    lab.finish(other, State(40, {}, {}, evaluations=other.evaluations))
+    assert any("9.9" in note for note in summed(graph, lab)["notes"])
+
+
+def test_a_table_converts_to_pandas(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    frame = tables.Table(summed(graph, lab)["verdicts"]).to_pandas()
+    assert list(frame["effect"])[:2] == ["matching", "weights"]
+
+
+def test_pictures_and_layers_are_those_of_the_first_seeds_masks(lab):
+    graph = expand(study())
+    state_masks = made_up_masks(graph, next(n for n in graph.nodes if n.arm == "ticket"))
+    assert set(state_masks) == {"hidden1.weight", "output.weight"}
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    assert {(r["level"], r["layer"]) for r in document["layers"]} == {
+        (level, name) for level in (1, 2) for name in state_masks
+    }
+    assert all(r["total"] == graph.network.sizes[r["layer"]] for r in document["layers"])
