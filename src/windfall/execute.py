@@ -6,6 +6,7 @@ failed, with its reason, and so have its descendants, and all others go on.
 """
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -17,20 +18,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from windfall.models import is_importable
-from windfall.runs import Run
 from windfall.spec import Json, SpecError, canonical
 from windfall.store import Lab
 from windfall.study import Graph
-from windfall.worker import Job, Stopped, Workshop
+from windfall.worker import CHECKPOINT_SECONDS, Job, Stopped, Workshop, ended
 
 GRACE_SECONDS = 20.0  # for workers to save their checkpoints after Ctrl-C, before they are killed
 RETRIES = 1  # of a run whose worker died
+BUSY_SECONDS = 0.5  # between two looks at a run that another process is training
+
+# A worker finds modules where its caller does, so that it builds the same user's network.
+_SERVE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1));"
+    " from windfall.worker import main; main()"
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -102,15 +108,15 @@ def num_cores() -> int:
 
 
 class _Queue:
-    """Which runs are to be done, which are ready, and in what order."""
+    """Which runs are to be done, which are ready, in what order, and what came of the rest."""
 
     def __init__(self, graph: Graph, lab: Lab) -> None:
-        self.runs = graph.runs
-        stored = lab.records(graph.runs)
-        self.done = {a for a, r in stored.items() if graph.keep[a] <= set(r.snapshots)}
-        self.reused = len(stored)
+        self.graph, self.lab, self.runs = graph, lab, graph.runs
+        self.stored = lab.records(graph.runs)
+        self.done = {a for a, r in self.stored.items() if lab.holds(r, graph.keep[a])}
+        self.outcome = Outcome(reused=len(self.stored))
         self.waiting = [address for address in graph.runs if address not in self.done]
-        self.failed: dict[str, str] = {}
+        self.is_full = False
         self.deaths = Counter[str]()
         self.busy_until: dict[str, float] = {}
         height = dict.fromkeys(graph.runs, 0)
@@ -120,7 +126,15 @@ class _Queue:
                 height[parent] = max(height[parent], height[address] + 1)
         self.waiting.sort(key=lambda address: -height[address])
 
+    def progress(self) -> Progress:
+        """How far it is at the beginning."""
+        return Progress(len(self.runs), len(self.done), sum(map(self.work, self.waiting)))
+
+    def job(self, address: str, checkpoint_seconds: float) -> Job:
+        return Job(self.runs[address], address, self.graph.keep[address], checkpoint_seconds)
+
     def work(self, address: str) -> int:
+        """Its number of steps."""
         first, last = self.runs[address].clock
         return last - first
 
@@ -134,44 +148,78 @@ class _Queue:
                 return address
         return None
 
-    def finish(self, address: str) -> None:
-        self.done.add(address)
-
     def put_back(self, address: str, wait_seconds: float = 0.0) -> None:
         self.busy_until[address] = time.monotonic() + wait_seconds
         self.waiting.insert(0, address)
 
-    def fail(self, address: str, reason: str) -> None:
+    def settle(self, address: str, result: str, reason: str = "") -> None:
+        """Take in how a run ended: `trained`, `reused`, `failed`, or `full` (the disk)."""
+        if result in ("trained", "reused"):
+            self.done.add(address)
+            self.outcome.trained += result == "trained"
+            self.outcome.reused += result == "reused" and address not in self.stored
+            return
+        self._fail(address, reason)
+        if result == "full":
+            self.is_full = True
+            for other in self.waiting:
+                self.outcome.failures[other] = "not trained: no space is left where the lab is"
+            self.waiting.clear()
+
+    def _fail(self, address: str, reason: str) -> None:
         """A run failed: so have all that descend from it."""
-        self.failed[address] = reason
+        self.outcome.failures[address] = reason
         for child in [a for a in self.waiting if self.runs[a].parent == address]:
             self.waiting.remove(child)
-            self.fail(child, f"its parent {address[:12]} failed: {reason}")
+            self._fail(child, f"its parent {address[:12]} failed: {reason}")
 
-    def abandon(self, reason: str) -> None:
-        """Nothing more can be trained."""
-        for address in self.waiting:
-            self.failed.setdefault(address, reason)
-        self.waiting.clear()
+    def conclude(self) -> Outcome:
+        """What came of it all, the failures noted in the lab.
+
+        Raises:
+            OSError: when the disk is full.
+        """
+        failures = self.outcome.failures
+        for address, reason in failures.items():
+            with contextlib.suppress(OSError):  # a full disk cannot keep the reason either
+                self.lab.fail(address, reason)
+        if self.is_full:
+            told = f"no space is left in {self.lab.folder}; {len(failures)} runs are not trained"
+            raise OSError(errno.ENOSPC, told)
+        return self.outcome
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Generator[None]:
+    """Blocked in processes started inside, for good; here it arrives as soon as this ends.
+
+    A terminal's Ctrl-C reaches workers too, even before their first line of Python.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
     """A worker process and the run it is at."""
 
     def __init__(self, lab: Lab, device: str) -> None:
-        paths = [str(Path.cwd()), *sys.path, os.environ.get("PYTHONPATH", "")]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        path = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "windfall.worker", str(lab.folder.resolve()), device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **threads, "PYTHONPATH": path},
-        )
+        paths, folder = json.dumps(sys.path), str(lab.folder.resolve())
+        with _sigint_blocked():
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _SERVE, paths, folder, device],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **threads},
+            )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         os.set_blocking(self.stdout.fileno(), False)
         self.partial = b""
+        self.is_ready = False
         self.address: str | None = None
         self.step = 0
 
@@ -190,7 +238,8 @@ class _Worker:
 
     def end(self) -> str:
         """Wait for the process and say how it ended."""
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of what it was sent and never read
+            self.stdin.close()
         code = self.process.wait()
         self.stdout.close()
         if code < 0:
@@ -203,12 +252,10 @@ class _Worker:
 class _Pool:
     """Workers, the queue they serve, and what has come of it."""
 
-    def __init__(self, graph: Graph, lab: Lab, num: int, device: str, watch: Watch) -> None:
-        self.graph, self.lab, self.num, self.device, self.watch = graph, lab, num, device, watch
-        self.queue = _Queue(graph, lab)
-        self.outcome = Outcome(reused=self.queue.reused)
-        work = sum(map(self.queue.work, self.queue.waiting))
-        self.progress = Progress(len(graph.runs), len(self.queue.done), work)
+    def __init__(self, queue: _Queue, num: int, device: str, seconds: float, watch: Watch) -> None:
+        self.queue, self.num, self.device, self.watch = queue, num, device, watch
+        self.checkpoint_seconds = seconds
+        self.progress = queue.progress()
         self.begun = time.monotonic()
         self.settled = 0
         self.selector = selectors.DefaultSelector()
@@ -227,12 +274,9 @@ class _Pool:
             for worker in self.workers:
                 worker.process.kill()
                 worker.end()
-        for address, reason in self.queue.failed.items():
-            with contextlib.suppress(OSError):  # a full disk cannot keep the reason either
-                self.lab.fail(address, reason)
-        self.outcome.failures = self.queue.failed
+            self.selector.close()
         self._report()
-        return self.outcome
+        return self.queue.conclude()
 
     def _is_active(self) -> bool:
         return any(worker.address is not None for worker in self.workers)
@@ -244,12 +288,11 @@ class _Pool:
             if address is None:
                 return
             worker = idle.pop() if idle else self._hire()
-            worker.address, worker.step = address, self.graph.runs[address].clock[0]
-            job = Job(self.graph.runs[address], address, self.graph.keep[address])
-            worker.send(job.to_json())
+            worker.address, worker.step = address, self.queue.runs[address].clock[0]
+            worker.send(self.queue.job(address, self.checkpoint_seconds).to_json())
 
     def _hire(self) -> _Worker:
-        worker = _Worker(self.lab, self.device)
+        worker = _Worker(self.queue.lab, self.device)
         self.workers.append(worker)
         self.selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker
@@ -266,24 +309,17 @@ class _Pool:
                 self._hear(worker, event)
 
     def _hear(self, worker: _Worker, event: Json) -> None:
+        worker.is_ready = True
         if event["event"] == "step":
             worker.step = event["step"]
         if event["event"] != "end" or worker.address is None:
             return
-        address, result, worker.address = worker.address, event["result"], None
-        if result == "busy":
-            self.queue.put_back(address, wait_seconds=0.5)
-            return
-        if result in ("trained", "reused"):
-            self.queue.finish(address)
-            self.progress.finished += 1
-            self.outcome.trained += result == "trained"
-            self.outcome.reused += result == "reused" and self.lab.record(address) is None
+        address, worker.address = worker.address, None
+        if event["result"] == "busy":
+            self.queue.put_back(address, wait_seconds=BUSY_SECONDS)
         else:
-            self.queue.fail(address, event["reason"])
-        if result == "full":
-            self.queue.abandon("not trained: no space is left where the lab is")
-        self.settled += self.queue.work(address)
+            self.queue.settle(address, event["result"], event["reason"] or "")
+            self.settled += self.queue.work(address)
 
     def _bury(self, worker: _Worker) -> None:
         self.selector.unregister(worker.stdout)
@@ -293,7 +329,7 @@ class _Pool:
             return
         self.queue.deaths[address] += 1
         if self.queue.deaths[address] > RETRIES:
-            self.queue.fail(address, reason)
+            self.queue.settle(address, "failed", reason)
             self.settled += self.queue.work(address)
         else:
             self.progress.message = f"run {address[:12]}: {reason}; it is tried once more"
@@ -301,8 +337,9 @@ class _Pool:
 
     def _report(self) -> None:
         active = [w for w in self.workers if w.address is not None]
-        firsts = {w: self.graph.runs[w.address].clock[0] for w in active if w.address}
+        firsts = {w: self.queue.runs[w.address].clock[0] for w in active if w.address}
         self.progress.worked = self.settled + sum(w.step - first for w, first in firsts.items())
+        self.progress.finished = len(self.queue.done)
         self.progress.seconds = time.monotonic() - self.begun
         self.watch(self.progress)
         self.progress.message = None
@@ -310,6 +347,8 @@ class _Pool:
     def _stop(self) -> None:
         for worker in self.workers:
             worker.send({"stop": True})
+            if not worker.is_ready:  # still importing: it has nothing to save
+                worker.process.kill()
         limit = time.monotonic() + GRACE_SECONDS
         while self.workers and time.monotonic() < limit:
             self._listen(0.2)
@@ -336,47 +375,46 @@ def _interruptible() -> Generator[threading.Event]:
 
 
 def _in_process(
-    graph: Graph, lab: Lab, device: str, watch: Watch, stopping: threading.Event
+    queue: _Queue, device: str, seconds: float, watch: Watch, stopping: threading.Event
 ) -> Outcome:
     """Train in this process: for networks that no other process can build."""
-    queue, workshop = _Queue(graph, lab), Workshop(lab, device)
-    outcome = Outcome(reused=queue.reused)
-    work = sum(map(queue.work, queue.waiting))
-    progress = Progress(len(graph.runs), len(queue.done), work)
+    workshop, progress, begun = Workshop(queue.lab, device), queue.progress(), time.monotonic()
     progress.message = "the network cannot be imported by name: it trains in this process alone"
-    begun = time.monotonic()
-    while queue.waiting:
+
+    def report(worked: int) -> None:
+        progress.worked, progress.finished = worked, len(queue.done)
+        progress.seconds = time.monotonic() - begun
+        watch(progress)
+        progress.message = None
+
+    settled = 0
+    while queue.waiting and not stopping.is_set():
+        report(settled)
         address = queue.take()
         if address is None:
             time.sleep(0.2)
             continue
-        run, settled = graph.runs[address], progress.worked
+        before = settled - queue.runs[address].clock[0]
 
-        def pulse(step: int, run: Run = run, settled: int = settled) -> bool:
-            progress.worked = settled + step - run.clock[0]
-            progress.seconds = time.monotonic() - begun
-            watch(progress)
-            progress.message = None
+        def pulse(step: int, before: int = before) -> bool:
+            report(before + step)
             return stopping.is_set()
 
         try:
-            result = workshop.perform(Job(run, address, graph.keep[address]), pulse)
+            result, reason = workshop.perform(queue.job(address, seconds), pulse), ""
         except Stopped:
-            raise Interrupted from None
+            break
         except Exception as problem:  # a run's failure is a result
-            queue.fail(address, f"{type(problem).__name__}: {problem}")
-            continue
+            result, reason = ended(problem)
         if result == "busy":
-            queue.put_back(address, wait_seconds=0.5)
-            continue
-        queue.finish(address)
-        outcome.trained += result == "trained"
-        progress.finished += 1
-        progress.worked = settled + queue.work(address)
-    for address, reason in queue.failed.items():
-        lab.fail(address, reason)
-    outcome.failures = queue.failed
-    return outcome
+            queue.put_back(address, wait_seconds=BUSY_SECONDS)
+        else:
+            queue.settle(address, result, reason)
+            settled += queue.work(address)
+    if stopping.is_set():
+        raise Interrupted
+    report(settled)
+    return queue.conclude()
 
 
 def execute(
@@ -386,6 +424,7 @@ def execute(
     workers: int | None = None,
     device: str = "auto",
     watch: Watch = lambda progress: None,  # noqa: ARG005  told nothing
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Outcome:
     """Train every run of a graph that the lab does not hold.
 
@@ -395,16 +434,20 @@ def execute(
         workers: number of processes, at least 1; None is one a core.
         device: `auto`, `cpu` or `cuda`.
         watch: called several times a second.
+        checkpoint_seconds: of training between two checkpoints of a run, at least 0.
 
     Raises:
         SpecError: when workers or device cannot be.
         Interrupted: on Ctrl-C, after the workers have saved their checkpoints.
+        OSError: when the disk is full; everything finished before is kept.
     """
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     chosen = pick_device(device)
     with _interruptible() as stopping:
+        queue = _Queue(graph, lab)
         if not is_importable(graph.study.model):
-            return _in_process(graph, lab, chosen, watch, stopping)
+            return _in_process(queue, chosen, checkpoint_seconds, watch, stopping)
         lab.keep_data(graph.study.data)
-        return _Pool(graph, lab, workers or num_cores(), chosen, watch).run(stopping)
+        num = num_cores() if workers is None else workers
+        return _Pool(queue, num, chosen, checkpoint_seconds, watch).run(stopping)

@@ -8,6 +8,7 @@ for every prunable weight by name. Every function is pure: it returns new tensor
     masks.density(kept)  # 1.0
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -113,10 +114,12 @@ def chance_overlap(size: list[int], a: list[int], b: list[int]) -> float:
     if total == 0:
         return 1.0
     for n, kept_a, kept_b in zip(size, a, b, strict=True):
-        common: Any = hypergeom(n, kept_a, kept_b)
-        reach = 12 * float(common.std()) + 12  # standard deviations: beyond lies less than 1e-30
-        low = max(0, kept_a + kept_b - n, int(common.mean() - reach))
-        high = min(kept_a, kept_b, int(common.mean() + reach) + 1)
-        law, start = np.convolve(law, common.pmf(np.arange(low, high + 1))), start + low
+        mean = kept_a * kept_b / n
+        variance = mean * (n - kept_a) * (n - kept_b) / n / max(1, n - 1)
+        reach = 12 * math.sqrt(variance) + 12  # standard deviations: beyond lies less than 1e-30
+        low = max(0, kept_a + kept_b - n, int(mean - reach))
+        high = min(kept_a, kept_b, int(mean + reach) + 1)
+        pmf: Any = hypergeom.pmf(np.arange(low, high + 1), n, kept_a, kept_b)
+        law, start = np.convolve(law, pmf), start + low
     h = start + np.arange(len(law))
     return float((law * h / (total - h)).sum())

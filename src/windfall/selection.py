@@ -7,6 +7,7 @@ the weight. Among equal scores the earlier position stays.
     new = Layerwise(hidden=0.2, output=0.1).select(scores, masks, kinds, level=3)
 """
 
+from fractions import Fraction
 from typing import Annotated
 
 import torch
@@ -22,7 +23,12 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 def remaining(size: int, rate: float, level: int) -> int:
     """The count kept of `size` weights at a level: round(size (1 - rate)^level)."""
-    return round(size * (1 - rate) ** level)
+    return round(size * (1 - _decimal(rate)) ** level)
+
+
+def _decimal(fraction: float) -> Fraction:
+    # As it is written: in binary 15 (1 - 0.9) falls short of 1.5, and the count would be 1 for 2.
+    return Fraction(repr(fraction))
 
 
 def highest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
@@ -36,7 +42,11 @@ def highest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
     candidates = alive.flatten().nonzero().squeeze(1)
     assert 0 <= count <= len(candidates), (count, len(candidates))
     values = scores.flatten()[candidates]
-    assert bool(torch.isfinite(values).all()), "scores must be finite"
+    if not bool(torch.isfinite(values).all()):
+        raise SpecError(
+            "`prune.criterion` must score every weight by a finite number; got NaN or infinity."
+            " Has the training that it judges diverged? Lower `recipe.learning_rate`."
+        )
     order = torch.sort(values, descending=True, stable=True).indices[:count]
     mask = torch.zeros_like(alive.flatten())
     mask[candidates[order]] = True
@@ -103,16 +113,34 @@ class Global(Spec):
 
     @model_validator(mode="after")
     def _one_amount(self) -> "Global":
-        if self.density is not None and "rate" in self.model_fields_set:
+        default = type(self).model_fields["rate"].default  # what a stored one with a density holds
+        if self.density is not None and self.rate != default:
             raise ValueError("must have one of `rate` and `density`; got both")
         return self
 
     def counts(self, totals: dict[str, int], kinds: dict[str, Kind], level: int) -> dict[str, int]:
-        """The count kept at a level: of all tensors together under "", of excluded ones by name."""
-        pooled = sum(size for name, size in totals.items() if kinds[name] not in self.exclude)
-        spared = {name: size for name, size in totals.items() if kinds[name] in self.exclude}
-        fixed = None if self.density is None else round(pooled * self.density)
-        return {"": remaining(pooled, self.rate, level) if fixed is None else fixed, **spared}
+        """The count kept at a level: of all tensors together under "", of excluded ones by name.
+
+        Raises:
+            SpecError: when there is nothing to prune, or less kept than there are tensors.
+        """
+        pool = {name: size for name, size in totals.items() if kinds[name] not in self.exclude}
+        spared = {name: size for name, size in totals.items() if name not in pool}
+        if not pool:
+            raise SpecError(
+                f"`prune.selection.exclude` must leave a layer to prune; got {list(self.exclude)}."
+            )
+        pooled = sum(pool.values())
+        if self.density is None:
+            count = remaining(pooled, self.rate, level)
+        else:
+            count = round(pooled * _decimal(self.density))
+        if count < len(pool):
+            raise SpecError(
+                f"`prune` must leave every layer at least one weight; got {count} for the layers"
+                f" `{'`, `'.join(pool)}` at level {level}. Lower the rate or the number of levels."
+            )
+        return {"": count, **spared}
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`.
@@ -138,10 +166,20 @@ def uniform(totals: dict[str, int], count: int) -> dict[str, int]:
     Args:
         totals: each tensor's size.
         count: the total to keep, at most the sum of the sizes.
+
+    Raises:
+        SpecError: when a tensor would be emptied; the message names it.
     """
     whole = sum(totals.values())
     shares = {name: divmod(size * count, whole) for name, size in totals.items()}
     missing = count - sum(quotient for quotient, _ in shares.values())
     ranked = sorted(shares, key=lambda name: -shares[name][1])
     extra = set(ranked[:missing])
-    return {name: quotient + (name in extra) for name, (quotient, _) in shares.items()}
+    counts = {name: quotient + (name in extra) for name, (quotient, _) in shares.items()}
+    for name in [name for name, kept_of_it in counts.items() if kept_of_it < 1]:
+        raise SpecError(
+            f"`arms` with `random` must leave every layer at least one weight; got 0 of `{name}`"
+            f" when {count:,} are spread over {whole:,}. Lower the number of levels, or leave"
+            " `random` out."
+        )
+    return counts

@@ -92,7 +92,8 @@ class Spec(BaseModel):
         fields = {str(key): item for key, item in value.items()}
         kind = fields.pop("kind", tag(cls))
         if kind != tag(cls):
-            raise PydanticCustomError("kind", "must be of kind {kind}", {"kind": tag(cls)})
+            told = {"kind": tag(cls), "got": repr(kind)}
+            raise PydanticCustomError("kind", "must be of kind {kind}; got {got}", told)
         for name in [name for name in fields if name not in cls.model_fields]:
             remedy = nearest(name, list(cls.model_fields))
             raise PydanticCustomError(
@@ -238,8 +239,8 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"`{path}` must be given."
     if error["type"] not in ("kind", "value_error"):
-        must = re.sub(r"^\w+ should ", "must ", message)
-        return f"`{path}` {must[0].lower()}{must[1:]}; got {error['input']!r}."
+        must = re.sub(r"^\w+ should ", "must ", message).replace("valid tuple", "list")
+        message = f"{must}; got {error['input']!r}"
     message = message.rstrip(".") + "."
     if not path:
         return message[0].upper() + message[1:]

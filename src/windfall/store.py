@@ -6,8 +6,9 @@
     lab/checkpoints/ADDRESS.safetensors  runs that were stopped
     lab/locks/ADDRESS                  held by whoever trains the run; freed by the kernel
 
-A run is finished when its row exists; its weights were written, whole, before. Nothing that is
-read runs code. Two processes may use one lab.
+A run is finished when its row exists; its weights were written, whole, before. What is being
+written has the ending `.part` and is never read. Nothing that is read runs code. Two processes may
+use one lab.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +35,8 @@ from windfall.spec import Json, SpecError, canonical, digest
 from windfall.train import Evaluation, State
 
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says when there is no space
+PART_SECONDS = 3600.0  # a `.part` older than this was left by a process that was killed
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -80,13 +84,20 @@ def now() -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file so that it is there whole or not at all, also after a crash.
+
+    Several processes may write one file at once: the last one's stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would keep what space is left
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -106,10 +117,10 @@ def _read_tensors(path: Path, prefix: str = "") -> tuple[Params, Json]:
             # a clone lies aligned in memory, which the mapped file may not, and bits depend on it
             tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in names}
             return tensors, json.loads(file.metadata()["facts"])
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as problem:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise SpecError(
-            f"{path} must be a safetensors file that windfall wrote; {problem}. Delete it, and the"
-            " run is trained again."
+            f"{path} must be a safetensors file that windfall wrote; got {problem}. Delete it, and"
+            " the study's next run makes it again."
         ) from None
 
 
@@ -126,41 +137,37 @@ class Lab:
 
     def __init__(self, folder: str | Path, *, readonly: bool = False) -> None:
         self.folder = Path(folder)
-        self._check(readonly=readonly)
-        path = self.folder / "lab.sqlite"
         try:
-            if readonly:
-                uri = f"{path.resolve().as_uri()}?mode=ro"
-                self._database = sqlite3.connect(uri, timeout=60, uri=True)
-                self._database.execute("SELECT COUNT(*) FROM runs")
-            else:
-                self._database = sqlite3.connect(path, timeout=60)
-                with self._database:
-                    self._database.executescript(_SCHEMA)
-        except sqlite3.Error as problem:
-            if _is_full(problem):
-                raise OSError(errno.ENOSPC, f"no space left for {path}") from None
+            self._check(readonly=readonly)
+            if not readonly:
+                self._prepare()
+        except OSError as problem:
+            if problem.errno in FULL:
+                raise
+            purpose = "read" if readonly else "write in"
             raise SpecError(
-                f"`--lab` must hold a readable lab.sqlite; {path}: {problem}."
+                f"`--lab` must be a folder to {purpose}; {self.folder}: {problem.strerror}."
             ) from None
+        self._database = self._opened(readonly=readonly)
 
     def _check(self, *, readonly: bool) -> None:
         folder, marker = self.folder, self.folder / "lab.json"
         if not marker.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder.exists() and not (folder.is_dir() and _is_new(folder)):
                 raise SpecError(
                     f"`--lab` must be a lab or a new folder; {folder} has no lab.json."
                     " Name another."
                 )
             if readonly:
                 raise SpecError(
-                    f"`--lab` must be a lab; {folder} does not exist. Run a study first."
+                    f"`--lab` must be a lab; there is none in {folder}. Run a study first."
                 )
-        if not readonly:
-            self._prepare(marker)
+            # the marker first: a lab whose making was cut short is a lab still
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(marker, canonical({"windfall-lab": FORMAT}).encode())
         try:
-            version = int(json.loads(marker.read_text(encoding="utf-8"))["windfall-lab"])
-        except (OSError, ValueError, KeyError, TypeError):
+            version = int(json.loads(marker.read_bytes())["windfall-lab"])
+        except (ArithmeticError, ValueError, KeyError, TypeError):
             raise SpecError(f"`--lab` must be a lab; {marker} is not one of windfall's.") from None
         if version > FORMAT:
             raise SpecError(
@@ -168,20 +175,36 @@ class Lab:
                 f" windfall (format {version}). Upgrade windfall, or name another lab."
             )
 
-    def _prepare(self, marker: Path) -> None:
+    def _prepare(self) -> None:
+        for part in ("weights", "checkpoints", "locks", "data"):
+            (self.folder / part).mkdir(exist_ok=True)
+        probe = self.folder / "locks" / f"probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+        for left in self.folder.glob("**/*.????????.part"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > PART_SECONDS:
+                    left.unlink()
+
+    def _opened(self, *, readonly: bool) -> sqlite3.Connection:
+        path = self.folder / "lab.sqlite"
         try:
-            for part in ("weights", "checkpoints", "locks", "data"):
-                (self.folder / part).mkdir(parents=True, exist_ok=True)
-            probe = self.folder / "locks" / f"probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-            if not marker.exists():
-                write_whole(marker, canonical({"windfall-lab": FORMAT}).encode())
-        except OSError as problem:
-            if problem.errno == errno.ENOSPC:
-                raise
+            if not readonly:
+                database = sqlite3.connect(path, timeout=60)
+                with database:
+                    database.executescript(_SCHEMA)
+                return database
+            try:
+                return _readable(path, "ro")
+            except sqlite3.OperationalError as problem:
+                if problem.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                    raise
+                return _readable(path, "rw")  # to undo what a killed process had half written
+        except sqlite3.Error as problem:
+            if _is_full(problem):
+                raise OSError(errno.ENOSPC, f"no space left for {path}") from None
             raise SpecError(
-                f"`--lab` must be a folder to write in; {self.folder}: {problem.strerror}."
+                f"`--lab` must hold a readable lab.sqlite; {path}: {problem}."
             ) from None
 
     def close(self) -> None:
@@ -209,6 +232,18 @@ class Lab:
         query = "SELECT address FROM runs WHERE substr(address, 1, ?) = ? ORDER BY address"
         return [row[0] for row in self._database.execute(query, (len(prefix), prefix))]
 
+    def holds(self, record: Record, keep: Iterable[int]) -> bool:
+        """Whether a finished run's weights are there, with the snapshots of `keep` it came by.
+
+        A diverged run never came by the steps after its last evaluation.
+        """
+        reached = {step for step in keep if step < record.evaluations[-1].step}
+        return reached <= set(record.snapshots) and self.has_weights(record.address)
+
+    def has_weights(self, address: str) -> bool:
+        """Whether a run's weights are there; a user may have deleted them."""
+        return self._weights(address).exists()
+
     def finish(self, record: Record, state: State) -> None:
         """Keep a finished run: its weights first, then its row."""
         assert digest(record.spec) == record.address
@@ -235,7 +270,7 @@ class Lab:
 
     def weights(self, address: str) -> State:
         """The final state of a finished run: parameters, buffers, masks, snapshots."""
-        return State.restored(*_read_tensors(self._weights(address)))
+        return _restored(self._weights(address))[0]
 
     def masks(self, address: str) -> Masks:
         """The masks of a finished run, without reading the rest of its file."""
@@ -254,15 +289,19 @@ class Lab:
         path = self._checkpoint(address)
         if not path.exists():
             return None
-        tensors, facts = _read_tensors(path)
-        return State.restored(tensors, _infinite(facts)), facts["extra"]
+        state, facts = _restored(path)
+        return state, facts["extra"]
 
     # ---- failures and studies ----
 
     def fail(self, address: str, reason: str) -> None:
-        """Note that a run failed, and why; forgotten when it is finished."""
+        """Note that an unfinished run failed, and why; forgotten when it is finished."""
+        is_open = "NOT EXISTS (SELECT 1 FROM runs WHERE address = ?)"  # another process may have
         with self._writing() as database:
-            database.execute("INSERT OR REPLACE INTO failures VALUES (?,?)", (address, reason))
+            database.execute(
+                f"INSERT OR REPLACE INTO failures SELECT ?, ? WHERE {is_open}",
+                (address, reason, address),
+            )
 
     def failures(self, addresses: Iterable[str]) -> dict[str, str]:
         """The reasons of the failed ones among these runs."""
@@ -351,8 +390,30 @@ class Lab:
             raise
 
 
+def _is_new(folder: Path) -> bool:
+    """Whether a folder is empty, but for a lab.json that is being written."""
+    return all(path.match("lab.json*.part") for path in folder.iterdir())
+
+
+def _readable(path: Path, mode: str) -> sqlite3.Connection:
+    database = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", timeout=60, uri=True)
+    database.execute("SELECT COUNT(*) FROM runs")
+    return database
+
+
 def _is_full(problem: sqlite3.Error) -> bool:
     return problem.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+
+
+def _restored(path: Path) -> tuple[State, Json]:
+    tensors, facts = _read_tensors(path)
+    try:
+        return State.restored(tensors, _infinite(facts)), facts
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise SpecError(
+            f"{path} must hold a network's state; got {problem!r}. Delete it, and the study's next"
+            " run makes it again."
+        ) from None
 
 
 def _finite(facts: Json) -> Json:

@@ -8,28 +8,46 @@ trained. Settings come from Python or from TOML, where `extends` names a study t
     len(graph.runs)
 """
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from windfall import flops
+from windfall import flops, seeds
 from windfall import models as zoo
-from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Reinit, Rewind, Ticket
-from windfall.data import Data, Dataset
+from windfall import prune as pruning
+from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, Rewind, Ticket
+from windfall.data import Data, Dataset, UserData, tensors
 from windfall.data import load as load_data
 from windfall.initialize import GlorotNormal, Initialization, TorchDefault
 from windfall.models import Kind, ModelField, UserModel
-from windfall.prune import Prune, ToStep
-from windfall.runs import Pruned, Run
+from windfall.prune import LearningRate, Prune, ToStep
+from windfall.runs import Fresh, Pruned, Run, Start
+from windfall.samples import stacked
+from windfall.selection import uniform
 from windfall.spec import Json, Spec, SpecError, checked, digest, nearest, tag, unaddressed
 from windfall.train import Recipe
 
 Metric = Literal["test_accuracy", "test_accuracy_at_early_stop", "early_stop_step", "mask_overlap"]
+
+
+def _given(data: Any) -> Any:
+    """Data as a user gives it: a spec, a name, a function's name, tensors, or a `Dataset`."""
+    if isinstance(data, str) and ":" in data:
+        return UserData(callable=data)
+    if data is None or isinstance(data, Spec | Mapping | str | int | float):
+        return data
+    try:
+        train, test = stacked(data)
+        return tensors(*train, test)
+    except SpecError as problem:
+        raise ValueError(f"must be tensors or a Dataset; {problem}") from None
 
 
 class Study(Spec):
@@ -41,7 +59,8 @@ class Study(Spec):
         question: what is asked, a sentence.
         num_seeds: number of paired seeds, 0 to num_seeds - 1.
         model: the network, or a callable that returns an `nn.Module`.
-        data: the data set.
+        data: the data set; or a pair of tensors (inputs, labels), a map-style `Dataset`, or a pair
+            (train, test) of either.
         initialization: of the weights; None is the paper's Gaussian Glorot for the zoo, and what
             the constructor does for a user's own network.
         recipe: how every network is trained.
@@ -62,7 +81,7 @@ class Study(Spec):
     question: str = unaddressed("")
     num_seeds: int = Field(default=10, ge=1, lt=SHIFT)
     model: ModelField
-    data: Data
+    data: Annotated[Data, BeforeValidator(_given)]
     initialization: Initialization | None = None
     recipe: Recipe = Recipe()
     prune: Prune = Prune()
@@ -75,6 +94,11 @@ class Study(Spec):
     intervals: Literal["t", "bca"] = "t"
     engine: Literal["auto", "separate"] = unaddressed("auto")
 
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _one_arm(cls, arms: Any) -> Any:
+        return (arms,) if isinstance(arms, str) else arms
+
     @model_validator(mode="after")
     def _is_consistent(self) -> "Study":
         if self.verdict_level is not None and self.verdict_level > self.levels:
@@ -86,12 +110,8 @@ class Study(Spec):
         if twice:
             raise ValueError(f"`arms` must differ; got `{min(twice)}` twice")
         for arm in self.arms:
-            step = arm.to.step if isinstance(arm, Rewind) and isinstance(arm.to, ToStep) else 0
-            if step >= self.recipe.steps:
-                raise ValueError(
-                    f"`arms.rewind.to.step` must be less than `recipe.steps`, {self.recipe.steps};"
-                    f" got {step}"
-                )
+            if isinstance(arm, Rewind):
+                _fits(arm.to, self.recipe.steps)
         if self.metric == "mask_overlap" and "ticket" not in kinds:
             raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
         return self
@@ -114,6 +134,17 @@ class Study(Spec):
         if self.initialization is not None:
             return self.initialization
         return TorchDefault() if isinstance(self.model, UserModel) else GlorotNormal()
+
+
+def _fits(to: pruning.Rewind, steps: int) -> None:
+    match to:
+        case ToStep(step=step) if step >= steps:
+            problem = f"step` must be less than `recipe.steps`, {steps}; got {step}"
+        case LearningRate(steps=replayed) if replayed > steps:
+            problem = f"steps` must be at most `recipe.steps`, {steps}; got {replayed}"
+        case _:
+            return
+    raise ValueError(f"`arms.rewind.to.{problem}")
 
 
 @dataclass(frozen=True)
@@ -172,13 +203,31 @@ class Graph:
         return self.counts[level] / sum(self.network.sizes.values())
 
     def flops(self, address: str) -> float:
-        """Training FLOPs of a run, counted on surviving weights (see `windfall.flops`)."""
-        run = self.runs[address]
-        level = run.start.level if isinstance(run.start, Pruned) else 0
+        """Training FLOPs of a run, counted on surviving weights (see `windfall.flops`).
+
+        How a global threshold falls on the layers it pools is only known after training; it is
+        taken to be even.
+        """
+        run, network = self.runs[address], self.network
+        kept = self._kept(run.start)
+        multiply_adds = sum(
+            Fraction(uses) * kept[name] / network.sizes[name]
+            for name, uses in network.multiply_adds.items()
+        )
         first, last = run.clock
-        dense = sum(self.network.multiply_adds.values())
-        multiply_adds = round(dense * self.density(level))
-        return flops.training_flops(multiply_adds, run.recipe.batch_size, last - first)
+        return flops.training_flops(round(multiply_adds), run.recipe.batch_size, last - first)
+
+    def _kept(self, start: Start) -> Mapping[str, int | Fraction]:
+        """The number of weights that a run keeps of every tensor."""
+        sizes = self.network.sizes
+        if isinstance(start, Fresh):
+            return sizes
+        if start.arrange == "uniform":
+            return uniform(sizes, self.counts[start.level])
+        counts = start.prune.selection.counts(sizes, self.network.kinds, start.level)
+        pool = {name: size for name, size in sizes.items() if name not in counts}
+        even = Fraction(counts.get("", 0), sum(pool.values()) or 1)
+        return counts | {name: size * even for name, size in pool.items()}
 
 
 def expand(study: Study) -> Graph:
@@ -193,6 +242,9 @@ def expand(study: Study) -> Graph:
         level: sum(study.prune.selection.counts(network.sizes, network.kinds, level).values())
         for level in range(1, study.levels + 1)
     }
+    if any(isinstance(arm, Random) for arm in study.arms):
+        for count in counts.values():
+            uniform(network.sizes, count)
     base = Run(
         model=study.model, data=study.data, data_sha256=data.sha256, recipe=study.recipe, seed=0
     )
@@ -201,7 +253,8 @@ def expand(study: Study) -> Graph:
         family = Family(base, study.prune, study.begun_by, seed, one_shot=study.one_shot)
         nodes += [Node(arm, level, seed, run) for arm, level, run in _places(study, family)]
         runs |= family.runs
-    nodes.sort(key=lambda node: node.level)
+    place = {tag(type(arm)): index for index, arm in enumerate((Dense(), *study.arms))}
+    nodes.sort(key=lambda node: (node.level, place[node.arm]))
     totals = {0: sum(network.sizes.values()), **counts}
     return Graph(study, tuple(nodes), runs, _snapshots(runs), network, totals, data.note)
 
@@ -216,7 +269,8 @@ def _places(study: Study, family: Family) -> Iterator[tuple[str, int, str]]:
 
 def _inspect(study: Study, data: Dataset) -> Network:
     model, shape = study.model, data.input_shape
-    module = model.build(shape, data.num_classes)
+    with seeds.isolated(0, "inspect"):
+        module = model.build(shape, data.num_classes)
     zoo.check_outputs(module, shape, data.num_classes, tag(type(model)))
     kinds = zoo.kinds(module, shape)
     if not kinds:
@@ -251,7 +305,8 @@ def root(runs: Mapping[str, Run], address: str) -> str:
 def bundled() -> list[str]:
     """Names of the studies that come with the package."""
     folder = resources.files("windfall") / "studies"
-    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir())
+    names = [item.name for item in folder.iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load(
@@ -268,7 +323,8 @@ def load(
     Raises:
         SpecError: when there is no such study or setting, or a value cannot be.
     """
-    document = read(study)
+    arms = [arm.to_json() for arm in Study.model_fields["arms"].default]
+    document = {"arms": arms} | read(study)  # a path into the arms needs them there
     for path, value in (settings or {}).items():
         _assign(document, path, value)
     if not code:
@@ -294,25 +350,27 @@ def key(study: Study) -> str:
 def read(study: str | Path, seen: tuple[str, ...] = ()) -> Json:
     """The settings in a study's TOML, those it extends included."""
     name, text = _source(study)
-    if name in seen:
+    here = name if name in bundled() else str(Path(name).resolve())
+    if here in seen:
         raise SpecError(
-            f"`extends` must not lead back to itself; got {' -> '.join((*seen, name))}."
+            f"`extends` must not lead back to itself; got {' -> '.join((*seen, here))}."
         )
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as problem:
         raise SpecError(f"{name} must be TOML; {problem}.") from None
+    if Path(study).suffix == ".toml":
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(study).stem)
+        document.setdefault("name", stem.strip("-_"))
     base = document.pop("extends", None)
     if base is None:
         return document
     if not isinstance(base, str):
         raise SpecError(f"`extends` must be the name or path of a study; got {base!r}.")
     nearby = Path(study).parent / base
-    extended = read(nearby if nearby.suffix == ".toml" and nearby.exists() else base, (*seen, name))
+    extended = read(nearby if nearby.suffix == ".toml" and nearby.exists() else base, (*seen, here))
     for told in ("title", "question"):  # a study's own words do not fit another
         extended.pop(told, None)
-    if "name" not in document and Path(study).suffix == ".toml":
-        document["name"] = Path(study).stem
     return _merged(extended, document)
 
 
@@ -321,11 +379,11 @@ def _source(study: str | Path) -> tuple[str, str]:
     if str(study) in bundled():
         file = resources.files("windfall") / "studies" / f"{study}.toml"
         return str(study), file.read_text(encoding="utf-8")
-    if path.suffix == ".toml" or path.exists():
-        try:
+    try:
+        if path.suffix == ".toml" or path.exists():
             return str(path), path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise SpecError(f"STUDY must be a readable TOML file; got {path}: {problem}.") from None
+    except (OSError, ValueError) as problem:
+        raise SpecError(f"STUDY must be a readable TOML file; got {path}: {problem}.") from None
     raise SpecError(
         f"STUDY must be a bundled study or the path of a .toml file; got {str(study)!r}."
         f"{nearest(str(study), bundled())}"
@@ -336,6 +394,7 @@ def _merged(base: Json, changes: Json) -> Json:
     merged = dict(base)
     for name, value in changes.items():
         old = merged.get(name)
+        old = {"kind": old} if isinstance(old, str) else old
         if isinstance(old, dict) and isinstance(value, dict) and _is_like(old, value):
             merged[name] = _merged(old, value)
         else:
@@ -355,7 +414,10 @@ def _assign(document: Json, path: str, value: Any) -> None:
         here = ".".join(parents[: index + 1])
         place = _inside(place, part, here)
     if isinstance(place, list):
-        raise SpecError(f"`{path}` must name a field of a member; got only the member.")
+        raise SpecError(
+            f"`{path}` must name a field of a member of its list; got no field."
+            f" Set the whole list: `{'.'.join(parents)}`."
+        )
     place[last] = value
 
 
@@ -366,7 +428,7 @@ def _inside(place: Any, part: str, here: str) -> Any:
             if item == part or (isinstance(item, dict) and item.get("kind") == part):
                 place[index] = {"kind": part} if isinstance(item, str) else item
                 return place[index]
-        names = [item if isinstance(item, str) else item.get("kind", "") for item in place]
+        names = [str(item.get("kind") if isinstance(item, dict) else item) for item in place]
         raise SpecError(f"`{here}` must name one of its list.{nearest(part, names)}")
     item = place.setdefault(part, {})
     if isinstance(item, str):

@@ -14,7 +14,7 @@ from windfall import masks as masking
 from windfall.criteria import Evidence
 from windfall.masks import Masks, Params
 from windfall.models import Kind
-from windfall.prune import Continue, LearningRate, ToStep
+from windfall.prune import ToStep
 from windfall.runs import Pruned
 from windfall.selection import uniform
 from windfall.train import State
@@ -77,7 +77,7 @@ def begin(start: Pruned, lineage: Lineage, kinds: dict[str, Kind], seed: int) ->
             kind: masking.apply({n: m for n, m in mask.items() if _fits(tensors, n, m)}, tensors)
             for kind, tensors in source.optimizer.items()
         }
-    prove(state, lineage.source.params)
+    prove(state, lineage.source)
     return state
 
 
@@ -85,23 +85,29 @@ def _fits(tensors: Params, name: str, mask: Tensor) -> bool:
     return name in tensors and tensors[name].shape == mask.shape
 
 
-def prove(ticket: State, source: Params) -> None:
+def prove(ticket: State, source: State) -> None:
     """Check that a ticket's survivors equal their source bit for bit and that the rest is 0.
+
+    Buffers (normalization statistics) are the source's, and nothing shares its storage.
 
     Raises:
         BrokenTicket: naming the tensor and what is wrong with it.
     """
-    for name, value in ticket.params.items():
+    origin = source.params | source.buffers
+    for name, value in (ticket.params | ticket.buffers).items():
         mask = ticket.masks.get(name)
         alive = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
-        if not torch.equal(value[alive], source[name][alive]):
+        if not torch.equal(_bits(value[alive]), _bits(origin[name][alive])):
             raise BrokenTicket(f"the surviving weights of `{name}` differ from their source")
         if bool((value[~alive] != 0).any()):
             raise BrokenTicket(f"a pruned weight of `{name}` is not 0")
-        if value.data_ptr() == source[name].data_ptr():
+        if value.numel() and _place(value) == _place(origin[name]):
             raise BrokenTicket(f"`{name}` shares its storage with its source")
 
 
-def keeps_trained_weights(start: Pruned) -> bool:
-    """Whether the survivors inherit the parent's trained weights."""
-    return isinstance(start.weights, LearningRate | Continue)
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

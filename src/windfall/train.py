@@ -309,8 +309,4 @@ def early_stop(evaluations: list[Evaluation]) -> Evaluation:
 
 def _badness(evaluation: Evaluation) -> tuple[bool, float, int]:
     loss = evaluation.validation_loss
-    return (
-        math.isnan(loss),
-        loss,
-        evaluation.step,
-    )  # min finds no NaN smaller, nor anything than NaN
+    return math.isnan(loss), loss, evaluation.step  # NaN last: `min` alone depends on its place

@@ -4,7 +4,6 @@
 worker process reads jobs as lines of JSON and answers with events; it ends when the pipe closes.
 """
 
-import errno
 import json
 import os
 import queue
@@ -15,21 +14,22 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from windfall import data as datasets
-from windfall import models, tickets
+from windfall import models, seeds, tickets
 from windfall.data import Dataset
 from windfall.engines import separate
 from windfall.initialize import initial_parameters
 from windfall.prune import ToStep
 from windfall.runs import Fresh, Run
-from windfall.spec import Json, SpecError, canonical
-from windfall.store import Lab, Record, now
+from windfall.spec import Json, SpecError, canonical, digest
+from windfall.store import FULL, Lab, Record, now
 from windfall.train import State
 
 CHECKPOINT_SECONDS = 30.0  # at most this much training is lost to a crash
@@ -48,27 +48,41 @@ class Job:
         run: to be trained.
         address: of the run.
         keep: steps whose snapshots must be stored.
+        checkpoint_seconds: of training between two checkpoints, at least 0.
     """
 
     run: Run
     address: str
     keep: frozenset[int]
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def to_json(self) -> Json:
         """The job as JSON, where the data lies included."""
         run = self.run.to_json(addressed=False)
-        return {"run": run, "address": self.address, "keep": sorted(self.keep)}
+        return {
+            "run": run,
+            "address": self.address,
+            "keep": sorted(self.keep),
+            "checkpoint_seconds": self.checkpoint_seconds,
+        }
 
     @classmethod
     def from_json(cls, job: Json) -> "Job":
         """The job that `to_json` wrote."""
-        run = Run.from_json(job["run"])
-        return cls(run, job["address"], frozenset(job["keep"]))
+        run, seconds = Run.from_json(job["run"]), job.get("checkpoint_seconds", CHECKPOINT_SECONDS)
+        return cls(run, job["address"], frozenset(job["keep"]), seconds)
 
 
 def versions() -> dict[str, str]:
     """Versions that are recorded with every run."""
     return {name: version(name) for name in ("windfall", "torch", "numpy")}
+
+
+def ended(problem: Exception) -> tuple[str, str]:
+    """What an exception makes of a run, `failed` or `full`, and why, in text any file takes."""
+    is_full = isinstance(problem, OSError) and problem.errno in FULL
+    reason = f"{type(problem).__name__}: {problem}".encode(errors="replace").decode()
+    return "full" if is_full else "failed", reason
 
 
 @contextmanager
@@ -103,7 +117,8 @@ class Workshop:
         Raises:
             SpecError: when the data is not what the run was made for.
         """
-        if run.data_sha256 not in self._data:
+        name = digest([run.data.to_json(), run.data_sha256])  # the hash alone knows no split
+        if name not in self._data:
             self.lab.lend_data(run.data)
             data = datasets.load(run.data)
             if data.sha256 != run.data_sha256:
@@ -111,8 +126,14 @@ class Workshop:
                     f"`data` must be what the run was made for, sha256 {run.data_sha256[:12]};"
                     f" got {data.sha256[:12]}. The files have changed since; run the study again."
                 )
-            self._data[run.data_sha256] = data.to(self.device)
-        return self._data[run.data_sha256]
+            self._data[name] = data.to(self.device)
+        return self._data[name]
+
+    def network(self, run: Run) -> nn.Module:
+        """The run's network, to be given a state; what else its constructor draws is the seed's."""
+        data = self.data(run)
+        with seeds.isolated(run.seed, "build"):
+            return run.model.build(data.input_shape, data.num_classes)
 
     def initial(self, run: Run, fresh: Fresh) -> State:
         """The state of the run's network newly initialized."""
@@ -130,13 +151,12 @@ class Workshop:
         """The state at the first step of a run, made from its ancestors in the lab and proved.
 
         Raises:
-            SpecError: when pruning would empty a layer.
+            SpecError: when pruning would empty a layer, or its chain diverged.
             BrokenTicket: when the ticket is not what it says.
         """
         if isinstance(run.start, Fresh):
             return self.initial(run, run.start)
-        data = self.data(run)
-        kinds = models.kinds(run.model.build(data.input_shape, data.num_classes), data.input_shape)
+        kinds = models.kinds(self.network(run), self.data(run).input_shape)
         origin_address, origin = self._origin(run.start.parent)
         assert isinstance(origin.start, Fresh)
         initial = self.initial(origin, origin.start)
@@ -145,13 +165,17 @@ class Workshop:
             case ToStep(step=0):
                 source = initial
             case ToStep(step=step):
-                source = self.lab.weights(origin_address).snapshots[step]
+                source = self.lab.weights(origin_address).snapshots.get(step)
             case Fresh() as fresh:
                 source = self.initial(run, fresh)
             case _:
                 source = parent
-        lineage = tickets.Lineage(initial, parent, source)
-        state = tickets.begin(run.start, lineage, kinds, run.seed)
+        if source is None:
+            raise SpecError(
+                f"`start.weights.step` must be one that run {origin_address[:12]} came by; got"
+                f" {run.clock[0]}, and it had diverged before."
+            )
+        state = tickets.begin(run.start, tickets.Lineage(initial, parent, source), kinds, run.seed)
         state.step = run.clock[0]
         return state
 
@@ -181,45 +205,75 @@ class Workshop:
             if not held:
                 return "busy"
             record = self.lab.record(job.address)
-            if record is not None and job.keep <= set(record.snapshots):
+            if record is not None and self.lab.holds(record, job.keep):
                 return "reused"
             with quiet_machine():
                 final, seconds = self._train(job, record, pulse)
-            if record is not None and final.evaluations != record.evaluations:
-                raise RuntimeError(
-                    "a replay for its snapshots ended with other metrics than the stored run's;"
-                    " was it stored on another machine or by other versions?"
-                )
-            self.lab.finish(self._recorded(job, final, seconds), final)
-            return "trained" if record is None else "reused"
+            if record is None:
+                self.lab.finish(self._recorded(job, final, seconds), final)
+                return "trained"
+            self._prove_replay(record, final)
+            self.lab.finish(replace(record, snapshots=sorted(final.snapshots)), final)
+            return "reused"
+
+    def _prove_replay(self, record: Record, final: State) -> None:
+        """Check that a run trained again, for what its stored one lacks, is the same bit for bit.
+
+        Raises:
+            RuntimeError: when it is not.
+        """
+        is_same = repr(final.evaluations) == repr(record.evaluations)  # NaN equals itself
+        if is_same and self.lab.has_weights(record.address):
+            stored, now_trained = self.lab.weights(record.address).tensors(), final.tensors()
+            is_same = all(
+                _bits(tensor) == _bits(now_trained[name])
+                for name, tensor in stored.items()
+                if name != "losses"  # of the steps since the last evaluation: not stored
+            )
+        if not is_same:
+            raise RuntimeError(
+                "a replay for its snapshots ended with other metrics or weights than the stored"
+                " run's; was it stored on another machine or by other versions?"
+            )
 
     def _train(
         self, job: Job, record: Record | None, pulse: Callable[[int], bool]
     ) -> tuple[State, float]:
         keep = job.keep | frozenset(record.snapshots if record else ())
-        found = self.lab.checkpoint(job.address)
-        facts: Json = found[1] if found else {"seconds": 0.0, "keep": sorted(keep)}
-        if found is None or not keep <= set(facts["keep"]):
-            found, facts = None, {"seconds": 0.0, "keep": sorted(keep)}
-        state = found[0] if found else self.beginning(job.run)
+        state, facts = self._resumed(job.address, keep)
+        state = self.beginning(job.run) if state is None else state
+        keep = frozenset(facts["keep"])  # a checkpoint's too: its next one will claim them
         begun = saved = time.monotonic()
 
         def tick(step: int, state_now: Callable[[], State]) -> None:
             nonlocal saved
             is_stopping, clock = pulse(step), time.monotonic()
-            if is_stopping or clock - saved > CHECKPOINT_SECONDS:
+            if is_stopping or clock - saved > job.checkpoint_seconds:
                 facts["seconds"] += clock - saved
                 self.lab.save_checkpoint(job.address, state_now(), facts)
                 saved = time.monotonic()
             if is_stopping:
                 raise Stopped
 
-        run, data = job.run, self.data(job.run)
-        network = run.model.build(data.input_shape, data.num_classes)
+        run, data, network = job.run, self.data(job.run), self.network(job.run)
         task = separate.Task(network, data, run.recipe, run.seed, run.clock[1], keep)
         spent = facts["seconds"]
         final = separate.train(task, state, tick)
         return final, spent + time.monotonic() - begun
+
+    def _resumed(self, address: str, keep: frozenset[int]) -> tuple[State | None, Json]:
+        """The checkpoint to train on from, if there is one that this worker could have written."""
+        made_by: Json = {"engine": self._engine, "versions": versions()}
+        found = self.lab.checkpoint(address)
+        if found is not None:
+            state, facts = found
+            if keep <= set(facts["keep"]) and facts.get("made_by", made_by) == made_by:
+                return state, facts
+        return None, {"seconds": 0.0, "keep": sorted(keep), "made_by": made_by}
+
+    @property
+    def _engine(self) -> str:
+        return f"separate/{self.device}"
 
     def _recorded(self, job: Job, final: State, seconds: float) -> Record:
         kept = sum(int(mask.sum()) for mask in final.masks.values()) if final.masks else -1
@@ -231,17 +285,21 @@ class Workshop:
             sorted(final.snapshots),
             kept,
             seconds,
-            f"separate/{self.device}",
+            self._engine,
             versions(),
             now(),
         )
 
 
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
 # ---- the process ---------------------------------------------------------------------------
 
 
-def _listen(jobs: "queue.Queue[Json]", stopping: threading.Event) -> None:
-    for line in sys.stdin:
+def _listen(messages: BinaryIO, jobs: "queue.Queue[Json]", stopping: threading.Event) -> None:
+    for line in messages:
         message = json.loads(line)
         if message.get("stop"):
             stopping.set()
@@ -249,18 +307,19 @@ def _listen(jobs: "queue.Queue[Json]", stopping: threading.Event) -> None:
     os._exit(1)  # the pipe closed: nobody is there to hear of the run, and its checkpoint stands
 
 
-def _serve(lab: Lab, device: str, events: TextIO) -> None:
+def _serve(lab: Lab, device: str, messages: BinaryIO, events: BinaryIO) -> None:
     jobs: queue.Queue[Json] = queue.Queue()
     stopping = threading.Event()
-    threading.Thread(target=_listen, args=(jobs, stopping), daemon=True).start()
+    threading.Thread(target=_listen, args=(messages, jobs, stopping), daemon=True).start()
     workshop = Workshop(lab, device)
 
     def tell(**event: Any) -> None:
-        print(canonical(event), file=events, flush=True)
+        events.write(canonical(event).encode() + b"\n")
+        events.flush()
 
     tell(event="ready")
     while not (message := jobs.get()).get("stop"):
-        job, told = Job.from_json(message), time.monotonic()
+        told = time.monotonic()
 
         def pulse(step: int) -> bool:
             nonlocal told
@@ -270,25 +329,27 @@ def _serve(lab: Lab, device: str, events: TextIO) -> None:
             return stopping.is_set()
 
         try:
-            tell(event="end", result=workshop.perform(job, pulse), reason=None)
+            result = workshop.perform(Job.from_json(message), pulse)
+            tell(event="end", result=result, reason=None)
         except Stopped:
             return
-        except OSError as problem:
-            full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            result = "full" if full else "failed"
-            tell(event="end", result=result, reason=f"{type(problem).__name__}: {problem}")
         except Exception as problem:
-            reason = f"{type(problem).__name__}: {problem}"
-            traceback.print_exc(file=sys.stderr)
-            tell(event="end", result="failed", reason=reason)
+            result, reason = ended(problem)
+            if result == "failed":
+                traceback.print_exc(file=sys.stderr)
+            tell(event="end", result=result, reason=reason)
 
 
 def main() -> None:
     """Serve jobs from standard input until it closes; arguments: the lab and the device."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the executor hears it and says stop
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    # the pipes are this module's alone: what a user's code reads or prints goes elsewhere
+    messages, events = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
     with redirect_stdout(sys.stderr):
-        _serve(Lab(sys.argv[1]), sys.argv[2], events)
+        _serve(Lab(sys.argv[1]), sys.argv[2], messages, events)
 
 
 if __name__ == "__main__":

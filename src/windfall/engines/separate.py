@@ -4,9 +4,10 @@ The network's parameters are the state's tensors; masks act on gradients alone, 
 weight, 0 at the start, has gradient, momentum and moments of exactly 0 and stays 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from windfall.spec import SpecError
 from windfall.train import Evaluation, Recipe, State
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
+AHEAD = 64  # steps whose batches are drawn at once: one at a time costs 2 % of a step of LeNet
 CHUNK = 1000  # examples a forward pass of an evaluation: 100 to 1,000 are equally fast on LeNet
 
 Pulse = Callable[[int, Callable[[], State]], None]
@@ -82,6 +84,14 @@ def _check_pruned(state: State) -> None:
                 )
 
 
+def _batches(order: Order, step: int, device: torch.device) -> Iterator[Tensor]:
+    """The indices of the batch of this step and of every later one."""
+    while True:
+        drawn = np.stack([order.batch(later) for later in range(step, step + AHEAD)])
+        yield from torch.from_numpy(drawn).to(device).unbind()
+        step += AHEAD
+
+
 class _Training:
     """The mutable heart of one training: module, optimizer, and the state they came from."""
 
@@ -100,7 +110,8 @@ class _Training:
                 self.optimizer.state[self.named[name]][kind] = value.to(device).clone()
         self.masks: Masks = {n: mask.to(device) for n, mask in state.masks.items()}
         self.masked = [(self.named[n], -mask.to(BITS[dtype])) for n, mask in self.masks.items()]
-        self.order = Order(task.seed, len(self.data.train.labels), self.recipe.batch_size)
+        order = Order(task.seed, len(self.data.train), self.recipe.batch_size)
+        self.batches = _batches(order, state.step, device)
         self.looks = [
             (part, self.data.prepare(part.inputs, dtype))
             for part in (self.data.validation, self.data.test)
@@ -130,7 +141,7 @@ class _Training:
         self.snapshots[self.step] = snapshot
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        index = torch.from_numpy(self.order.batch(self.step)).to(self.losses.device)
+        index = next(self.batches)
         inputs = self.data.train.inputs.index_select(0, index)  # 20 µs less than `inputs[index]`
         if self.recipe.augment is not None:
             inputs = self.recipe.augment.apply(inputs, self.task.seed, self.step)
