@@ -20,6 +20,9 @@ KILLS = 22  # of a study in the making; and then
 MORE_KILLS = 3  # of one that has only to sum up what there is
 RUNS, RECIPE = 14, {"steps": 2500, "eval_every": 250}
 
+# A fork of a process that has a pool of threads may wait for them for ever.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
 # `windfall run` with checkpoints many times a second, forked from one process that has imported
 # all that takes long to import: a start costs what the study itself costs, and its workers.
 STARTER = """
@@ -64,6 +67,7 @@ class Starter:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **ONE_THREAD},
         )
 
     def start(self, lab: Path) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from windfall import masks, seeds, spec, tickets
+from windfall.criteria import Criterion
 from windfall.prune import Continue, LearningRate, Prune, Rewind, ToStep
 from windfall.runs import Fresh, Pruned
 from windfall.selection import Global, Layerwise, uniform
@@ -184,6 +185,13 @@ def test_the_mask_found_is_nested_in_the_parents_and_keeps_its_largest():
     for name, mask in begun.masks.items():
         trained, alive = family.parent.params[name].abs(), family.parent.masks[name]
         assert trained[mask].min() > trained[alive & ~mask].max()
+
+
+@pytest.mark.parametrize("criterion", spec.members(Criterion))
+def test_what_the_parent_had_lost_is_not_found_again_by_any_criterion(criterion):
+    prune, family = Prune(criterion=criterion), lineage()
+    begun = begin(start(prune=prune), family, KINDS, seed=0)
+    assert masks.escaped(begun.masks, family.parent.masks) == []
 
 
 def test_the_children_of_a_dense_network_are_pruned_from_all_of_it():
