@@ -8,7 +8,7 @@ from test_tables import fill, noisy
 from test_tables import study as small
 
 from windfall import display, study, tables, verbs
-from windfall.execute import Progress
+from windfall.schedule import Progress
 from windfall.store import Lab
 
 

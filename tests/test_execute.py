@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from windfall import cli, data, store, worker
 from windfall import execute as executor
-from windfall.execute import Interrupted, Outcome, Progress, execute
+from windfall.execute import Interrupted, execute
+from windfall.schedule import Outcome, Progress
 from windfall.spec import SpecError
 from windfall.store import Lab
 

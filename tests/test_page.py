@@ -591,6 +591,4 @@ def test_a_censored_mean_is_marked_as_a_lower_bound():
 )
 def test_a_duration_is_said_in_two_units_at_most(seconds, text):
     document = nothing() | {"seconds": seconds, "flops": 2.1e15}
-    assert f"2.1 PFLOPs in {text}" in " ".join(
-        re.sub(r"<[^>]*>", " ", render(document)).split()
-    )
+    assert f"2.1 PFLOPs in {text}" in " ".join(re.sub(r"<[^>]*>", " ", render(document)).split())

@@ -8,6 +8,7 @@ import torch
 
 from windfall import masks as masking
 from windfall import seeds, stats, tables
+from windfall.findings import Table
 from windfall.store import Lab, Record, now
 from windfall.study import Graph, Study, expand
 from windfall.train import Evaluation, State
@@ -265,7 +266,7 @@ def test_numbers_of_different_versions_are_said_to_be_mixed(lab):
 def test_a_table_converts_to_pandas(lab):
     graph = expand(study())
     fill(lab, graph, noisy)
-    frame = tables.Table(summed(graph, lab)["verdicts"]).to_pandas()
+    frame = Table(summed(graph, lab)["verdicts"]).to_pandas()
     assert list(frame["effect"])[:2] == ["matching", "weights"]
 
 

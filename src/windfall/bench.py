@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from windfall.engines import separate
 from windfall.initialize import GlorotNormal, initial_parameters
 from windfall.masks import Params
 from windfall.samples import Part
-from windfall.spec import Json, SpecError
+from windfall.spec import Json, SpecError, nearest
 from windfall.train import Adam, Recipe, State
 from windfall.worker import quiet_machine
 
@@ -183,3 +184,18 @@ def render(result: Json) -> Table:
 
 
 BENCHMARKS = {"overhead": overhead}
+
+
+def run(name: str | None = None) -> Iterator[Json]:
+    """The result of a benchmark, or of each of them.
+
+    Args:
+        name: of `BENCHMARKS`; None is all.
+
+    Raises:
+        SpecError: when there is no such benchmark.
+    """
+    if name is not None and name not in BENCHMARKS:
+        raise SpecError(f"NAME must be a benchmark; got {name!r}.{nearest(name, list(BENCHMARKS))}")
+    for benchmark in BENCHMARKS if name is None else (name,):
+        yield BENCHMARKS[benchmark]()

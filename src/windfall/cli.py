@@ -172,12 +172,12 @@ def bench(
     from windfall import display
 
     with _told():
-        results = benchmarks.run(name)
+        results = list(benchmarks.run(name))
         if as_json:
-            _print_json(results)
+            _print_json({"benchmarks": results})
             return
-        for table in benchmarks.tables(results):
-            display.show(table)
+        for result in results:
+            display.show(benchmarks.render(result))
 
 
 def main() -> None:

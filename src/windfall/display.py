@@ -11,8 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from windfall import execute as executor
-from windfall import words
+from windfall import schedule, words
 from windfall.spec import Json
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal to draw on
@@ -29,13 +28,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _remaining(progress: executor.Progress) -> str:
+def _remaining(progress: schedule.Progress) -> str:
     seconds = progress.remaining_seconds
     return "" if seconds is None else f"about {duration(seconds)} left"
 
 
 @contextlib.contextmanager
-def watching(name: str) -> Generator[Callable[[executor.Progress], None]]:
+def watching(name: str) -> Generator[Callable[[schedule.Progress], None]]:
     """Progress on standard error: a bar in a terminal, else a line every ten seconds."""
     console = Console(stderr=True)
     show = _bar if console.is_terminal else _lines
@@ -44,7 +43,7 @@ def watching(name: str) -> Generator[Callable[[executor.Progress], None]]:
 
 
 @contextlib.contextmanager
-def _bar(name: str, console: Console) -> Generator[Callable[[executor.Progress], None]]:
+def _bar(name: str, console: Console) -> Generator[Callable[[schedule.Progress], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,7 +53,7 @@ def _bar(name: str, console: Console) -> Generator[Callable[[executor.Progress],
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=None, told="")
 
-        def update(progress: executor.Progress) -> None:
+        def update(progress: schedule.Progress) -> None:
             if progress.message:
                 bar.console.print(progress.message)
             told = f"{progress.finished} of {progress.total} runs  {_remaining(progress)}"
@@ -64,11 +63,11 @@ def _bar(name: str, console: Console) -> Generator[Callable[[executor.Progress],
 
 
 @contextlib.contextmanager
-def _lines(name: str, console: Console) -> Generator[Callable[[executor.Progress], None]]:
+def _lines(name: str, console: Console) -> Generator[Callable[[schedule.Progress], None]]:
     del console
     told = time.monotonic() - LINE_SECONDS + min(2.0, LINE_SECONDS)
 
-    def update(progress: executor.Progress) -> None:
+    def update(progress: schedule.Progress) -> None:
         nonlocal told
         if progress.message:
             print(f"{name}: {progress.message}", file=sys.stderr, flush=True)

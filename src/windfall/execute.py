@@ -6,7 +6,6 @@ failed, with its reason, and so have its descendants, and all others go on.
 """
 
 import contextlib
-import errno
 import json
 import os
 import selectors
@@ -15,18 +14,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from windfall.models import is_importable
+from windfall.schedule import Outcome, Progress, Queue
 from windfall.spec import Json, SpecError, canonical
 from windfall.store import Lab
 from windfall.study import Graph
-from windfall.worker import CHECKPOINT_SECONDS, Job, Stopped, Workshop, ended
+from windfall.worker import CHECKPOINT_SECONDS, Stopped, Workshop, ended
 
 GRACE_SECONDS = 20.0  # for workers to save their checkpoints after Ctrl-C, before they are killed
 EXIT_SECONDS = 5.0  # for a worker that closed its output to end with its own exit code
@@ -45,48 +43,7 @@ class Interrupted(KeyboardInterrupt):
     """The user stopped a study; everything finished is kept, the rest has checkpoints."""
 
 
-@dataclass
-class Progress:
-    """How far an execution is.
-
-    Args:
-        total: number of runs.
-        finished: number of runs that are stored, found or trained.
-        work: of all runs that had to be trained, in steps.
-        worked: of it, done.
-        seconds: since the beginning.
-        message: something to tell the user once, or None.
-    """
-
-    total: int
-    finished: int = 0
-    work: int = 0
-    worked: int = 0
-    seconds: float = 0.0
-    message: str | None = None
-
-    @property
-    def remaining_seconds(self) -> float | None:
-        """An estimate from the work done so far; None before there is any."""
-        return self.seconds * (self.work - self.worked) / self.worked if self.worked else None
-
-
 Watch = Callable[[Progress], None]
-
-
-@dataclass
-class Outcome:
-    """What an execution did.
-
-    Args:
-        reused: number of runs found stored.
-        trained: number of runs trained now.
-        failures: reasons of the runs that failed, by address.
-    """
-
-    reused: int = 0
-    trained: int = 0
-    failures: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def pick_device(name: str) -> str:
@@ -107,88 +64,6 @@ def pick_device(name: str) -> str:
 def num_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Queue:
-    """Which runs are to be done, which are ready, in what order, and what came of the rest."""
-
-    def __init__(self, graph: Graph, lab: Lab) -> None:
-        self.graph, self.lab, self.runs = graph, lab, graph.runs
-        self.stored = lab.records(graph.runs)
-        self.done = {a for a, r in self.stored.items() if lab.holds(r, graph.keep[a])}
-        self.outcome = Outcome(reused=len(self.stored))
-        self.waiting = [address for address in graph.runs if address not in self.done]
-        self.is_full = False
-        self.deaths = Counter[str]()
-        self.busy_until: dict[str, float] = {}
-        height = dict.fromkeys(graph.runs, 0)
-        for address in reversed(graph.runs):
-            parent = graph.runs[address].parent
-            if parent is not None:
-                height[parent] = max(height[parent], height[address] + 1)
-        self.waiting.sort(key=lambda address: -height[address])
-
-    def progress(self) -> Progress:
-        """How far it is at the beginning."""
-        return Progress(len(self.runs), len(self.done), sum(map(self.work, self.waiting)))
-
-    def job(self, address: str, checkpoint_seconds: float) -> Job:
-        return Job(self.runs[address], address, self.graph.keep[address], checkpoint_seconds)
-
-    def work(self, address: str) -> int:
-        """Its number of steps."""
-        first, last = self.runs[address].clock
-        return last - first
-
-    def take(self) -> str | None:
-        """The next run that can be trained now."""
-        clock = time.monotonic()
-        for address in self.waiting:
-            parent = self.runs[address].parent
-            if (parent is None or parent in self.done) and self.busy_until.get(address, 0) <= clock:
-                self.waiting.remove(address)
-                return address
-        return None
-
-    def put_back(self, address: str, wait_seconds: float = 0.0) -> None:
-        self.busy_until[address] = time.monotonic() + wait_seconds
-        self.waiting.insert(0, address)
-
-    def settle(self, address: str, result: str, reason: str = "") -> None:
-        """Take in how a run ended: `trained`, `reused`, `failed`, or `full` (the disk)."""
-        if result in ("trained", "reused"):
-            self.done.add(address)
-            self.outcome.trained += result == "trained"
-            self.outcome.reused += result == "reused" and address not in self.stored
-            return
-        self._fail(address, reason)
-        if result == "full":
-            self.is_full = True
-            for other in self.waiting:
-                self.outcome.failures[other] = "not trained: no space is left where the lab is"
-            self.waiting.clear()
-
-    def _fail(self, address: str, reason: str) -> None:
-        """A run failed: so have all that descend from it."""
-        self.outcome.failures[address] = reason
-        for child in [a for a in self.waiting if self.runs[a].parent == address]:
-            self.waiting.remove(child)
-            self._fail(child, f"its parent {address[:12]} failed: {reason}")
-
-    def conclude(self) -> Outcome:
-        """What came of it all, the failures noted in the lab.
-
-        Raises:
-            OSError: when the disk is full.
-        """
-        failures = self.outcome.failures
-        for address, reason in failures.items():
-            with contextlib.suppress(OSError):  # a full disk cannot keep the reason either
-                self.lab.fail(address, reason)
-        if self.is_full:
-            told = f"no space is left in {self.lab.folder}; {len(failures)} runs are not trained"
-            raise OSError(errno.ENOSPC, told)
-        return self.outcome
 
 
 @contextlib.contextmanager
@@ -260,7 +135,7 @@ class _Worker:
 class _Pool:
     """Workers, the queue they serve, and what has come of it."""
 
-    def __init__(self, queue: _Queue, num: int, device: str, seconds: float, watch: Watch) -> None:
+    def __init__(self, queue: Queue, num: int, device: str, seconds: float, watch: Watch) -> None:
         self.queue, self.num, self.device, self.watch = queue, num, device, watch
         self.checkpoint_seconds = seconds
         self.progress = queue.progress()
@@ -383,7 +258,7 @@ def _interruptible() -> Generator[threading.Event]:
 
 
 def _in_process(
-    queue: _Queue, device: str, seconds: float, watch: Watch, stopping: threading.Event
+    queue: Queue, device: str, seconds: float, watch: Watch, stopping: threading.Event
 ) -> Outcome:
     """Train in this process: for networks that no other process can build."""
     workshop, progress, begun = Workshop(queue.lab, device), queue.progress(), time.monotonic()
@@ -453,7 +328,7 @@ def execute(
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     chosen = pick_device(device)
     with _interruptible() as stopping:
-        queue = _Queue(graph, lab)
+        queue = Queue(graph, lab)
         if not is_importable(graph.study.model):
             return _in_process(queue, chosen, checkpoint_seconds, watch, stopping)
         lab.keep_data(graph.study.data)

@@ -14,11 +14,12 @@ from typing import Any
 
 from windfall import costs, tables
 from windfall import study as studies
-from windfall.execute import Progress, execute, num_cores, pick_device
+from windfall.execute import execute, num_cores, pick_device
+from windfall.findings import Table
+from windfall.schedule import Progress
 from windfall.spec import Json, SpecError
 from windfall.store import Lab, write_whole
 from windfall.study import Study
-from windfall.tables import Table
 
 Settings = Mapping[str, Any]
 Which = Study | str | Path
