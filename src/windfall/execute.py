@@ -28,7 +28,6 @@ from windfall.worker import CHECKPOINT_SECONDS, Stopped, Workshop, ended
 
 GRACE_SECONDS = 20.0  # for workers to save their checkpoints after Ctrl-C, before they are killed
 EXIT_SECONDS = 5.0  # for a worker that closed its output to end with its own exit code
-END_SECONDS = 5.0  # for a worker to end by itself, so that its exit code is its own
 RETRIES = 1  # of a run whose worker died
 BUSY_SECONDS = 0.5  # between two looks at a run that another process is training
 
@@ -115,10 +114,8 @@ class _Worker:
 
     def end(self) -> str:
         """Wait for the process and say how it ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):  # before the pipe's end ends it
-            self.process.wait(timeout=EXIT_SECONDS)
         try:
-            code = self.process.wait(END_SECONDS)
+            code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:  # its output has ended: it says nothing any more
             self.process.kill()
             code = self.process.wait()
