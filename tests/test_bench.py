@@ -51,3 +51,11 @@ def test_the_bare_loop_trains_the_kept_weights_and_a_step_more_would_be_seen():
 def test_too_little_to_measure_is_refused(settings, message):
     with pytest.raises(SpecError, match=message):
         bench.overhead(**settings)
+
+
+def test_run_gives_the_named_benchmark_or_all_and_refuses_another(monkeypatch):
+    monkeypatch.setattr(bench, "BENCHMARKS", {"one": lambda: {"n": 1}, "two": lambda: {"n": 2}})
+    assert list(bench.run()) == [{"n": 1}, {"n": 2}]
+    assert list(bench.run("two")) == [{"n": 2}]
+    with pytest.raises(SpecError, match="NAME must be a benchmark; got 'on'.*`one`.*one, two"):
+        next(bench.run("on"))
