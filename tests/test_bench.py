@@ -57,5 +57,5 @@ def test_run_gives_the_named_benchmark_or_all_and_refuses_another(monkeypatch):
     monkeypatch.setattr(bench, "BENCHMARKS", {"one": lambda: {"n": 1}, "two": lambda: {"n": 2}})
     assert list(bench.run()) == [{"n": 1}, {"n": 2}]
     assert list(bench.run("two")) == [{"n": 2}]
-    with pytest.raises(SpecError, match="NAME must be a benchmark; got 'on'.*`one`.*one, two"):
+    with pytest.raises(SpecError, match=r"NAME must be a benchmark; got 'on'.*`one`.*one, two"):
         next(bench.run("on"))
