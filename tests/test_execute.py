@@ -33,7 +33,7 @@ def trouble(place):
         return
     for file in sorted(Path(os.environ["TROUBLES"]).glob(f"{place}-*")):
         file.unlink()
-        what = file.name.split("-")[1]
+        what = file.name.split("-")[2]
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "exit":
@@ -98,7 +98,8 @@ def troubles(library):
 
     def lay(*names: str) -> None:
         for index, name in enumerate(names):
-            (folder / f"{name}-{index}").touch()
+            place, what = name.split("-")
+            (folder / f"{place}-{index}-{what}").touch()
 
     yield lay
     left = sorted(path.name for path in folder.iterdir())
