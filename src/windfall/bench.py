@@ -103,14 +103,14 @@ def _bare(data: Dataset, start: State, num_steps: int) -> tuple[float, Params]:
 LOOPS = {"bare": _bare, "engine": _engine}
 
 
-def overhead(num_steps: int = 1000, rounds: int = 15) -> Json:
+def overhead(num_steps: int = 200, rounds: int = 51) -> Json:
     """What the separate engine costs beyond a bare in-memory PyTorch loop of the same steps.
 
     LeNet-300-100 on random images of MNIST's shape, batch 60, fused Adam at 1.2e-3, masks of 20 %
     density on the gradients, one thread. The two loops take turns, bare, engine, bare, ...; a
     round's ratio is of neighbours in time, and the clock is the thread's processor time, so a busy
-    machine disturbs it little. Evaluations, the making of the networks and the first WARM steps
-    are not measured.
+    machine disturbs it little; short rounds, the less so. Evaluations, the making of the networks
+    and the first WARM steps, which draw the data's permutation (1 ms an epoch), are not measured.
 
     Args:
         num_steps: per loop and round, above WARM.
