@@ -418,14 +418,14 @@ model = { kind = "mlp", hidden = [16, 8] }
 data = "digits"
 arms = ["dense"]
 levels = 1
-recipe = { optimizer = "adam", steps = 8000, batch_size = 32, eval_every = 4000 }
+recipe = { optimizer = "adam", steps = 5000, batch_size = 32, eval_every = 2500 }
 """
 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
     """A study of two runs of seconds each, and its contents when it is never stopped."""
-    recipe = {"steps": 8000, "eval_every": 4000, "learning_rate": 0.1}
+    recipe = {"steps": 5000, "eval_every": 2500, "learning_rate": 0.1}
     of = small.graph(recipe, name="long", arms=["dense"], levels=1)
     folder = tmp_path_factory.mktemp("long") / "lab"
     small.trained(of, folder).close()
