@@ -14,7 +14,8 @@ from windfall import masks as masking
 from windfall import models, seeds
 from windfall.batches import CropFlip
 from windfall.data import Dataset
-from windfall.engines import separate
+from windfall.engines import contract, separate
+from windfall.engines.contract import Task
 from windfall.initialize import TorchDefault, initial_parameters
 from windfall.samples import Part
 from windfall.spec import SpecError
@@ -162,7 +163,7 @@ def beginning(build, *, masked=False, seed=0, step=0):
 
 def task(build, recipe, *, seed=0, last=None, keep=(), data=None):
     last = recipe.steps if last is None else last
-    return separate.Task(build(), data or dataset(), recipe, seed, last, frozenset(keep))
+    return Task(build(), data or dataset(), recipe, seed, last, frozenset(keep))
 
 
 def plain(**settings):
@@ -562,7 +563,7 @@ def test_evaluations_are_as_by_hand_whatever_the_number_of_examples(num):
 def test_the_network_trains_in_training_mode_and_is_evaluated_in_evaluation_mode():
     witness = Witness()
     settings = plain(steps=3, eval_every=2)
-    run = separate.Task(witness, dataset(), settings, 0, 3)
+    run = Task(witness, dataset(), settings, 0, 3)
     separate.train(run, beginning(Witness))
     modes = [(is_training, has_gradient) for is_training, has_gradient, _ in witness.shown]
     look, step = [(False, False)] * 2, [(True, True)]
@@ -630,7 +631,7 @@ def batches(settings, *, seed=0, first=0, last=None, masked=False, num_eval=7):
     witness, state = Witness(), beginning(Witness, masked=masked, seed=seed, step=first)
     last = settings.steps if last is None else last
     data = dataset(num_validation=num_eval)
-    separate.train(separate.Task(witness, data, settings, seed, last), state)
+    separate.train(Task(witness, data, settings, seed, last), state)
     return torch.stack(witness.batches())
 
 
@@ -658,10 +659,10 @@ def test_every_arm_of_a_seed_sees_the_same_augmented_batches():
 
 
 def test_batches_go_on_past_those_drawn_at_once():
-    settings = plain(steps=2 * separate.AHEAD + 3, eval_every=1000)
+    settings = plain(steps=2 * contract.AHEAD + 3, eval_every=1000)
     line = batches(settings)
-    assert torch.equal(line[separate.AHEAD - 1 :], batches(settings, first=separate.AHEAD - 1))
-    assert len(line) == 2 * separate.AHEAD + 3
+    assert torch.equal(line[contract.AHEAD - 1 :], batches(settings, first=contract.AHEAD - 1))
+    assert len(line) == 2 * contract.AHEAD + 3
 
 
 def test_dropout_draws_the_same_whatever_was_trained_or_drawn_before():

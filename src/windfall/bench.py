@@ -24,6 +24,7 @@ from windfall import masks as masking
 from windfall import models, samples, seeds
 from windfall.data import Dataset, Order
 from windfall.engines import separate
+from windfall.engines.contract import Task
 from windfall.initialize import GlorotNormal, initial_parameters
 from windfall.masks import Params
 from windfall.samples import Part
@@ -70,7 +71,7 @@ def _engine(data: Dataset, start: State, num_steps: int) -> tuple[float, Params]
     recipe = Recipe(
         optimizer=Adam(), learning_rate=RATE, steps=steps, batch_size=BATCH, eval_every=steps
     )
-    task = separate.Task(_network(), data, recipe, seed=0, last_step=steps)
+    task = Task(_network(), data, recipe, seed=0, last_step=steps)
     times: list[float] = []
     final = separate.train(task, start, lambda *_: times.append(time.thread_time()))
     return times[num_steps] - times[WARM], final.params

@@ -25,6 +25,7 @@ from windfall import data as datasets
 from windfall import models, seeds, tickets
 from windfall.data import Dataset
 from windfall.engines import separate
+from windfall.engines.contract import Task
 from windfall.initialize import initial_parameters
 from windfall.prune import ToStep
 from windfall.runs import Fresh, Run
@@ -256,7 +257,7 @@ class Workshop:
                 raise Stopped
 
         run, data, network = job.run, self.data(job.run), self.network(job.run)
-        task = separate.Task(network, data, run.recipe, run.seed, run.clock[1], keep)
+        task = Task(network, data, run.recipe, run.seed, run.clock[1], keep)
         spent = facts["seconds"]
         final = separate.train(task, state, tick)
         return final, spent + time.monotonic() - begun

@@ -4,46 +4,19 @@ The network's parameters are the state's tensors; masks act on gradients alone, 
 weight, 0 at the start, has gradient, momentum and moments of exactly 0 and stays 0.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from windfall import seeds
-from windfall.data import Dataset, Order, Part
+from windfall.data import Part
+from windfall.engines.contract import CHUNK, Pulse, Task, batches, check, evaluation, overwrite
 from windfall.masks import Masks, Params
-from windfall.spec import SpecError
-from windfall.train import Evaluation, Recipe, State
+from windfall.train import State
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers of the same width
-AHEAD = 64  # steps whose batches are drawn at once: one at a time costs 2 % of a step of LeNet
-CHUNK = 1000  # examples a forward pass of an evaluation: 100 to 1,000 are equally fast on LeNet
-
-Pulse = Callable[[int, Callable[[], State]], None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One training as an engine sees it.
-
-    Args:
-        network: the module; its parameters and buffers are overwritten.
-        data: on the device of the training.
-        recipe: how it is trained.
-        seed: names the streams of order, augmentation and the network's own draws.
-        last_step: the step after the last one.
-        keep: steps at whose beginning a snapshot of the state is kept.
-    """
-
-    network: nn.Module
-    data: Dataset
-    recipe: Recipe
-    seed: int
-    last_step: int
-    keep: frozenset[int] = frozenset()
 
 
 def _evaluate(network: nn.Module, part: Part, prepared: Tensor) -> tuple[float, float]:
@@ -55,41 +28,11 @@ def _evaluate(network: nn.Module, part: Part, prepared: Tensor) -> tuple[float, 
     return loss / len(part.labels), correct / len(part.labels)
 
 
-def _shape(tensors: Params, name: str) -> str:
-    return str(list(tensors[name].shape)) if name in tensors else "none"
-
-
-@torch.no_grad()
-def _overwrite(kind: str, own: Params, given: Params) -> None:
-    """Give a network's tensors the values of a state's, which must be of the same names."""
-    for name in [*given, *own]:
-        expected, found = _shape(given, name), _shape(own, name)
-        if expected != found:
-            raise SpecError(
-                f"`network` must have the {kind}s of the state; got {kind} `{name}` of shape "
-                f"{found} where the state's is {expected}."
-            )
-        own[name].copy_(given[name])
-
-
-def _check_pruned(state: State) -> None:
-    """Refuse a state whose pruned weights, or their moments, are not 0: they would come back."""
-    for name, mask in state.masks.items():
-        for kind, tensors in {"params": state.params, **state.optimizer}.items():
-            value = tensors.get(name, mask)
-            if value.shape == mask.shape and bool(value[~mask].any()):
-                raise SpecError(
-                    f"`state` must be 0 where its masks prune; got others in `{name}` of `{kind}`. "
-                    "Apply the masks to both, `masks.apply`."
-                )
-
-
-def _batches(order: Order, step: int, device: torch.device) -> Iterator[Tensor]:
-    """The indices of the batch of this step and of every later one."""
-    while True:
-        drawn = np.stack([order.batch(later) for later in range(step, step + AHEAD)])
+def _indices(task: Task, step: int) -> Iterator[Tensor]:
+    """The indices of the batch of this step and of every later one, on the data's device."""
+    device = task.data.train.labels.device
+    for drawn in batches(task.order, step):
         yield from torch.from_numpy(drawn).to(device).unbind()
-        step += AHEAD
 
 
 class _Training:
@@ -100,9 +43,8 @@ class _Training:
         dtype, device = task.recipe.torch_dtype, task.data.train.labels.device
         self.network = task.network.to(device=device, dtype=dtype).train()
         self.named: Params = dict(self.network.named_parameters())
-        _check_pruned(state)
-        _overwrite("parameter", self.named, state.params)
-        _overwrite("buffer", dict(self.network.named_buffers()), state.buffers)
+        check(self.network, state)
+        overwrite(self.network, state)
         self.params = list(self.named.values())
         self.optimizer = self.recipe.optimizer.build(self.params, self.recipe.rate(state.step))
         for kind, tensors in state.optimizer.items():
@@ -110,8 +52,7 @@ class _Training:
                 self.optimizer.state[self.named[name]][kind] = value.to(device).clone()
         self.masks: Masks = {n: mask.to(device) for n, mask in state.masks.items()}
         self.masked = [(self.named[n], -mask.to(BITS[dtype])) for n, mask in self.masks.items()]
-        order = Order(task.seed, len(self.data.train), self.recipe.batch_size)
-        self.batches = _batches(order, state.step, device)
+        self.batches = _indices(task, state.step)
         self.looks = [
             (part, self.data.prepare(part.inputs, dtype))
             for part in (self.data.validation, self.data.test)
@@ -162,14 +103,13 @@ class _Training:
         self.step += 1
 
     def evaluate(self) -> None:
-        steps = self.step - self.evaluations[-1].step if self.evaluations else 0
-        train_loss = float(self.losses) / steps if steps else None
-        self.losses.zero_()
         self.network.eval()
         with torch.no_grad():
             validation, test = (_evaluate(self.network, *look) for look in self.looks)
         self.network.train()
-        self.evaluations.append(Evaluation(self.step, train_loss, *validation, *test))
+        now = State(self.step, {}, {}, losses=self.losses, evaluations=self.evaluations)
+        self.evaluations.append(evaluation(now, validation, test))
+        self.losses.zero_()
         self.diverged = not self.evaluations[-1].is_finite
 
 
