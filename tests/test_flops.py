@@ -74,8 +74,8 @@ class TestEveryModel:
         assert list(multiply_adds(module, (1, 16, 16))) == list(models.kinds(module, (1, 16, 16)))
 
     def test_masks_of_ones_change_nothing_and_masks_of_zeros_leave_nothing(self, model):
-        module = model.build((1, 8, 8), 10)
-        dense = multiply_adds(module, (1, 8, 8))
+        module = model.build((1, 16, 16), 10)
+        dense = multiply_adds(module, (1, 16, 16))
         weights = {name: module.get_parameter(name) for name in dense}
         ones = {name: torch.ones_like(weight) for name, weight in weights.items()}
         zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}

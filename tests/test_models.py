@@ -3,58 +3,109 @@
 import hashlib
 import importlib
 import linecache
+import operator
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
-from windfall import initialize, models, spec
-from windfall.models import ModelField, UserModel, check_outputs, kinds, user_model
+from windfall import initialize, models, seeds, spec
+from windfall.models import ModelField, UserModel, check_outputs, kinds, user, user_model
 
 ZOO = [member for member in spec.members(models.Model).values() if member is not UserModel]
-CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
+CIFAR, MNIST, SMALL = (3, 32, 32), (1, 28, 28), (1, 16, 16)
+SMALLEST = {  # rows and columns of an image
+    "conv-2": 2,
+    "conv-4": 4,
+    "conv-6": 8,
+    "vgg-11": 16,
+    "vgg-13": 16,
+    "vgg-16": 16,
+    "vgg-19": 16,
+    "resnet-20": 4,
+    "resnet-56": 4,
+    "resnet-110": 4,
+}
 
 
 def weights(module, input_shape):
     return {name: module.get_parameter(name) for name in kinds(module, input_shape)}
 
 
-def num_weights(module, input_shape):
-    return sum(weight.numel() for weight in weights(module, input_shape).values())
+def on_meta(model, input_shape):
+    """The network of ten classes without values."""
+    with torch.device("meta"):
+        return model.build(input_shape, 10)
+
+
+def gradients(model, input_shape):
+    """Of every parameter, on random inputs in training mode; None where none arrives."""
+    with seeds.isolated(0, "test"):
+        module, inputs = model.build(input_shape, 10), torch.randn(8, *input_shape)
+    nn.functional.cross_entropy(module(inputs), torch.arange(8)).backward()
+    return {name: param.grad for name, param in module.named_parameters()}
 
 
 @pytest.mark.parametrize("member", ZOO, ids=spec.tag)
 class TestEveryModelOfTheZoo:
-    @pytest.mark.parametrize("input_shape", [MNIST, CIFAR, (1, 8, 8), (2, 9, 12)])
+    @pytest.mark.parametrize("input_shape", [MNIST, CIFAR, SMALL, (2, 17, 20)])
     def test_it_maps_inputs_to_one_logit_a_class(self, member, input_shape):
         module = member(width=0.25).build(input_shape, 7)
         check_outputs(module, input_shape, 7, spec.tag(member))
         assert module(torch.zeros(3, *input_shape)).shape == (3, 7)
 
-    def test_its_weights_are_all_its_parameters_but_the_biases(self, member):
-        module = member().build((1, 8, 8), 10)
-        named = [name for name, _ in module.named_parameters() if not name.endswith("bias")]
-        assert list(weights(module, (1, 8, 8))) == named
+    def test_it_takes_the_smallest_images_and_says_when_they_are_smaller(self, member):
+        name, smallest = spec.tag(member), SMALLEST.get(spec.tag(member), 1)
+        for input_shape in [(1, smallest, smallest + 1), (2, smallest + 1, smallest)]:
+            module = member(width=0.1).build(input_shape, 7)
+            check_outputs(module, input_shape, 7, name)
+            assert module(torch.zeros(3, *input_shape)).shape == (3, 7)
+        if name in SMALLEST:
+            with pytest.raises(spec.SpecError, match=rf"^model {name} must be given images "):
+                member(width=0.1).build((1, smallest - 1, smallest), 7)
+
+    def test_its_weights_are_all_its_parameters_but_biases_and_normalization(self, member):
+        module = on_meta(member(), SMALL)
+        named = [name for name, param in module.named_parameters() if param.ndim > 1]
+        assert list(weights(module, SMALL)) == named
 
     def test_its_names_are_readable_and_its_output_is_called_output(self, member):
-        found = kinds(member().build((1, 8, 8), 10), (1, 8, 8))
+        found = kinds(on_meta(member(), SMALL), SMALL)
         words = {"hidden": "hidden", "convolution": "conv", "output": "output"}
-        assert all(name.startswith(words[kind]) for name, kind in found.items())
+        for name, kind in found.items():
+            layer = name.removesuffix(".weight").rpartition(".")[2]
+            assert layer.startswith(words[kind])
         assert [name for name, kind in found.items() if kind == "output"] == ["output.weight"]
 
     def test_width_multiplies_every_hidden_size(self, member):
-        narrow = weights(member(width=0.5).build((1, 8, 8), 10), (1, 8, 8))
-        wide = weights(member().build((1, 8, 8), 10), (1, 8, 8))
+        narrow = weights(on_meta(member(width=0.5), SMALL), SMALL)
+        wide = weights(on_meta(member(), SMALL), SMALL)
         for name in wide:
             half = 1 if name == "output.weight" else 2
             assert wide[name].shape[0] == half * narrow[name].shape[0]
 
     def test_no_width_leaves_a_layer_empty(self, member):
-        for weight in weights(member(width=1e-6).build((1, 8, 8), 10), (1, 8, 8)).values():
+        for weight in weights(member(width=1e-6).build(SMALL, 10), SMALL).values():
             assert weight.numel() > 0
+
+    def test_a_gradient_reaches_every_parameter(self, member):
+        found = gradients(member(width=0.25), SMALL)
+        assert [name for name, grad in found.items() if grad is None or not grad.any()] == []
+
+    def test_it_can_be_traced_as_modules_and_sums(self, member):
+        module = member(width=0.25).build(SMALL, 5).eval()
+        traced = fx.symbolic_trace(module)
+        sorts = {node.op for node in traced.graph.nodes}
+        functions = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+        assert sorts <= {"placeholder", "call_module", "call_function", "output"}
+        assert functions <= {operator.add}
+        inputs = torch.ones(2, *SMALL)
+        assert torch.equal(traced(inputs), module(inputs))
 
     def test_its_json_is_itself(self, member):
         model = member(width=0.25)
@@ -71,18 +122,29 @@ class TestEveryModelOfTheZoo:
 
 
 @pytest.mark.parametrize(
-    ("model", "input_shape", "expected"),
+    ("model", "input_shape", "expected", "others"),
     [
-        (models.Mlp(), MNIST, 784 * 100 + 100 * 50 + 50 * 10),
-        (models.Mlp(hidden=()), MNIST, 7_840),
-        (models.Lenet_300_100(), MNIST, 266_200),
-        (models.Conv_2(), CIFAR, 4_300_992),
-        (models.Conv_4(), CIFAR, 2_425_024),
-        (models.Conv_6(), CIFAR, 2_261_184),
+        (models.Mlp(), MNIST, 784 * 100 + 100 * 50 + 50 * 10, 160),
+        (models.Mlp(hidden=()), MNIST, 7_840, 10),
+        (models.Lenet_300_100(), MNIST, 266_200, 410),
+        (models.Conv_2(), CIFAR, 4_300_992, 2 * 64 + 522),
+        (models.Conv_4(), CIFAR, 2_425_024, 2 * (64 + 128) + 522),
+        (models.Conv_6(), CIFAR, 2_261_184, 2 * (64 + 128 + 256) + 522),
+        (models.Vgg_11(), CIFAR, 9_217_728 + 5_120, 2 * 2_752 + 10),
+        (models.Vgg_13(), CIFAR, 9_402_048 + 5_120, 2 * 2_944 + 10),
+        (models.Vgg_16(), CIFAR, 14_710_464 + 5_120, 2 * 4_224 + 10),
+        (models.Vgg_19(), CIFAR, 20_018_880 + 5_120, 2 * 5_504 + 10),
+        (models.Resnet_20(), CIFAR, 267_696 + 2_560 + 640, 2 * (16 + 6 * 112 + 96) + 10),
+        (models.Resnet_56(), CIFAR, 848_304 + 2_560 + 640, 2 * (16 + 18 * 112 + 96) + 10),
+        (models.Resnet_110(), CIFAR, 1_719_216 + 2_560 + 640, 2 * (16 + 36 * 112 + 96) + 10),
     ],
 )
-def test_the_number_of_weights_is_the_papers(model, input_shape, expected):
-    assert num_weights(model.build(input_shape, 10), input_shape) == expected
+def test_the_number_of_weights_is_the_papers(model, input_shape, expected, others):
+    """And that of the others, biases and two numbers for a normalized channel, is by hand."""
+    module = on_meta(model, input_shape)
+    total = sum(param.numel() for param in module.parameters())
+    num_weights = sum(weight.numel() for weight in weights(module, input_shape).values())
+    assert (num_weights, total - num_weights) == (expected, others)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +186,20 @@ def test_widths_round_to_the_nearest_size():
         (models.Conv_6(), (3, 8, 7), 8),
         (models.Conv_6(), (28, 28), 8),
         (models.Conv_2(), (784,), 2),
+        (models.Vgg_16(), (1, 8, 8), 16),
+        (models.Vgg_19(), (3, 32, 15), 16),
+        (models.Vgg_11(), (32, 32), 16),
+        (models.Resnet_20(), (3, 3, 32), 4),
+        (models.Resnet_56(), (28, 28), 4),
+        (models.Resnet_110(), (784,), 4),
     ],
 )
 def test_inputs_that_do_not_survive_pooling_are_refused(model, input_shape, smallest):
-    message = f"{spec.tag(type(model))} must be given images .* at least {smallest} x {smallest} "
-    with pytest.raises(spec.SpecError, match=message):
+    message = (
+        f"model {spec.tag(type(model))} must be given images [channel, height, width] of at least "
+        f"{smallest} x {smallest} pixels; got {input_shape}."
+    )
+    with pytest.raises(spec.SpecError, match=f"^{re.escape(message)}$"):
         model.build(input_shape, 10)
 
 
@@ -136,6 +207,16 @@ def test_inputs_that_do_not_survive_pooling_are_refused(model, input_shape, smal
 def test_impossible_hidden_sizes_are_refused(hidden):
     with pytest.raises(spec.SpecError, match="`hidden"):
         spec.checked(lambda: models.Mlp(hidden=hidden))
+
+
+def test_a_module_of_the_package_imports_only_from_those_it_names_before():
+    text = models.__doc__[models.__doc__.index("In the order of reading") :]
+    order = re.findall(r"`(\w+)`", text)
+    home = Path(models.__path__[0])
+    assert sorted(order) == sorted(path.stem for path in home.glob("[a-z]*.py"))
+    for place, name in enumerate(order):
+        found = re.findall(r"windfall\.models\.(\w+)", (home / f"{name}.py").read_text("utf-8"))
+        assert set(found) <= set(order[:place])
 
 
 # -- kinds and outputs of any network ---------------------------------------------------------
@@ -278,7 +359,7 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "broken_networks.py").write_text("import nothing_of_this_name")
     (tmp_path / "leaving_networks.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(models, "_kept", {})
+    monkeypatch.setattr(user, "_kept", {})
     importlib.invalidate_caches()
     yield importlib.import_module("my_networks")
     for name in ("my_networks", "broken_networks", "leaving_networks"):
@@ -298,7 +379,7 @@ class Cells(types.ModuleType):
 def notebook(monkeypatch):
     cells = Cells("cells")
     monkeypatch.setitem(sys.modules, "cells", cells)
-    monkeypatch.setattr(models, "_kept", {})
+    monkeypatch.setattr(user, "_kept", {})
     cells.run("import torch\nfrom torch import nn\n")
     return cells
 
@@ -431,7 +512,7 @@ class TestCallablesThatCannotBeImported:
             model = user_model(function)
             assert not models.is_importable(model)
             assert isinstance(model.build((4,), 2), nn.Module)
-            models._kept.clear()
+            user._kept.clear()
             assert not models.is_importable(model)
             with pytest.raises(spec.SpecError, match=r"cannot be imported by name. Define it at"):
                 model.build((4,), 2)

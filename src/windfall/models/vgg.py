@@ -1,0 +1,93 @@
+"""VGG with batch normalization, in the form for small images: one linear layer at the end."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from windfall.models.sizes import Width, check_images, scaled
+from windfall.spec import Spec
+
+_CHANNELS = (64, 128, 256, 512, 512)  # of the five stages
+
+
+def _vgg(
+    model: "Vgg_11 | Vgg_13 | Vgg_16 | Vgg_19",
+    lengths: tuple[int, ...],
+    input_shape: tuple[int, ...],
+    num_classes: int,
+) -> nn.Module:
+    check_images(model, input_shape, len(lengths) - 1)
+    channels, index = input_shape[0], 0
+    parts: dict[str, nn.Module] = {}
+    for stage, (length, size) in enumerate(zip(lengths, _CHANNELS, strict=True)):
+        if stage > 0:
+            parts[f"pool{stage}"] = nn.MaxPool2d(2)
+        wide = scaled(size, model.width)
+        for _ in range(length):
+            index += 1
+            # Normalization subtracts any bias again.
+            parts[f"conv{index}"] = nn.Conv2d(channels, wide, 3, padding=1, bias=False)
+            parts[f"norm{index}"] = nn.BatchNorm2d(wide)
+            parts[f"relu{index}"] = nn.ReLU()
+            channels = wide
+    parts["mean"] = nn.AdaptiveAvgPool2d(1)
+    parts["flatten"] = nn.Flatten()
+    parts["output"] = nn.Linear(channels, num_classes)
+    return nn.Sequential(OrderedDict(parts))
+
+
+class Vgg_11(Spec):
+    """Eight 3 x 3 convolutions in five stages of 64, 128, 256, 512 and 512 channels, and a mean.
+
+    Every convolution is normalized, 2 x 2 max-pools stand between the stages, and one linear layer
+    reads the mean over all positions: 9,222,848 weights on CIFAR-10.
+
+    Source: Simonyan & Zisserman 2015 (1409.1556), Table 1, column A, its convolutions; the rest as
+    of `Vgg_19`.
+    """
+
+    width: Width = 1.0
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The network, its layers `conv1` to `conv8`, `output`."""
+        return _vgg(self, (1, 1, 2, 2, 2), input_shape, num_classes)
+
+
+class Vgg_13(Spec):
+    """`Vgg_11` with two convolutions in every stage; 9,407,168 weights.
+
+    Source: Simonyan & Zisserman 2015 (1409.1556), Table 1, column B, as `Vgg_11`.
+    """
+
+    width: Width = 1.0
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The network, its layers `conv1` to `conv10`, `output`."""
+        return _vgg(self, (2, 2, 2, 2, 2), input_shape, num_classes)
+
+
+class Vgg_16(Spec):
+    """`Vgg_13` with three convolutions in the last three stages; 14,715,584 weights.
+
+    Source: Simonyan & Zisserman 2015 (1409.1556), Table 1, column D, as `Vgg_11`.
+    """
+
+    width: Width = 1.0
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The network, its layers `conv1` to `conv13`, `output`."""
+        return _vgg(self, (2, 2, 3, 3, 3), input_shape, num_classes)
+
+
+class Vgg_19(Spec):
+    """`Vgg_13` with four convolutions in the last three stages; 20,024,000 weights.
+
+    Source: 1803.03635, Fig. 2 and section 4; Simonyan & Zisserman 2015 (1409.1556), Table 1,
+    column E, its convolutions.
+    """
+
+    width: Width = 1.0
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The network, its layers `conv1` to `conv16`, `output`."""
+        return _vgg(self, (2, 2, 4, 4, 4), input_shape, num_classes)
