@@ -57,19 +57,22 @@ class Order:
 
     def batch(self, step: int) -> Indices:
         """The indices of the batch at `step` (from 0), [batch]."""
+        return self.batches(step, 1)[0]
+
+    def batches(self, step: int, num: int) -> Indices:
+        """The indices of `num` batches from `step` on, [num, batch]."""
         if step < 0:
             raise SpecError(f"`step` must be at least 0; got {step}.")
-        start, end = step * self.batch_size, (step + 1) * self.batch_size
+        start, end = step * self.batch_size, (step + num) * self.batch_size
         epochs = range(start // self.num_train, (end - 1) // self.num_train + 1)
         for epoch in [known for known in self._permutations if known not in epochs]:
             del self._permutations[epoch]
         firsts = [epoch * self.num_train for epoch in epochs]
-        return np.concatenate(
-            [
-                self._permutation(epoch)[max(start - first, 0) : end - first]
-                for epoch, first in zip(epochs, firsts, strict=True)
-            ]
-        )
+        drawn = [
+            self._permutation(epoch)[max(start - first, 0) : end - first]
+            for epoch, first in zip(epochs, firsts, strict=True)
+        ]
+        return np.concatenate(drawn).reshape(num, self.batch_size)
 
     def _permutation(self, epoch: int) -> Indices:
         if epoch not in self._permutations:

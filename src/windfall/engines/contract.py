@@ -7,7 +7,6 @@ draws what the seed's streams say, and gives the training of `engines.separate` 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +54,7 @@ class Task:
 def batches(order: Order, step: int) -> Iterator[Indices]:
     """The indices of the batches from this step on, [AHEAD, batch] at a time, without end."""
     while True:
-        yield np.stack([order.batch(later) for later in range(step, step + AHEAD)])
+        yield order.batches(step, AHEAD)
         step += AHEAD
 
 

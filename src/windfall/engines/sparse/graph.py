@@ -1,0 +1,432 @@
+"""A network as a list of operations on tensors, read from its module by `torch.fx`.
+
+    network = read(module, (3, 32, 32))
+    [op for op in network.ops if isinstance(op, Connect)]
+
+Whatever the sparse engine cannot run is refused by the name of its layer.
+"""
+
+import operator
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node, Tracer
+
+from windfall.engines.contract import Unsupported
+
+Shape = tuple[int, ...]  # [channel, height, width] or [feature]
+INPUT = 0  # the tensor that the network is given
+HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
+@dataclass(frozen=True)
+class Connect:
+    """A linear layer or convolution, its weights named `name`.weight and `name`.bias."""
+
+    name: str
+    x: int
+    out: int
+    shape: tuple[int, int, int, int]
+    has_bias: bool
+    groups: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """A batch normalization, and another tensor added to its result."""
+
+    name: str
+    x: int
+    out: int
+    eps: float
+    momentum: float
+    other: int | None = None
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum of two tensors."""
+
+    x: int
+    other: int
+    out: int
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Relu:
+    """A ReLU that no other operation could take on."""
+
+    x: int
+    out: int
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """An image as features."""
+
+    x: int
+    out: int
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """The largest number of each square."""
+
+    x: int
+    out: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MeanPool:
+    """The mean of each square."""
+
+    x: int
+    out: int
+    size: tuple[int, int]
+
+
+Op = Connect | Normalize | Add | Relu | Flatten | MaxPool | MeanPool
+
+
+@dataclass(frozen=True)
+class Network:
+    """Operations in the order they run; tensor INPUT is the input, the last one's `out` the logits.
+
+    Args:
+        ops: the operations.
+        shapes: of one sample of each tensor.
+    """
+
+    ops: tuple[Op, ...]
+    shapes: dict[int, Shape]
+
+    @cached_property
+    def trained(self) -> frozenset[int]:
+        """The tensors that depend on a parameter: for these a gradient is needed."""
+        found: set[int] = set()
+        for op in self.ops:
+            if isinstance(op, Connect | Normalize) or found & set(inputs(op)):
+                found.add(op.out)
+        return frozenset(found)
+
+    def readers(self) -> Counter[int]:
+        """How often each tensor is read."""
+        return Counter(t for op in self.ops for t in inputs(op))
+
+
+def inputs(op: Op) -> list[int]:
+    """The tensors that an operation reads."""
+    other = getattr(op, "other", None)
+    return [op.x] if other is None else [op.x, other]
+
+
+def read(module: nn.Module, input_shape: Shape) -> Network:
+    """The operations of a network.
+
+    Args:
+        module: the network.
+        input_shape: of one sample.
+
+    Raises:
+        Unsupported: when the sparse engine cannot run it; the message names the layer.
+    """
+    reader = _Reader(module, input_shape)
+    ops, shapes = reader.ops, reader.shapes
+    if isinstance(ops[0], Flatten) and Network(tuple(ops), shapes).readers()[INPUT] == 1:
+        ops, flat = ops[1:], ops[0].out  # the samples are read as features at once
+        ops = [replace(op, x=INPUT) if op.x == flat else op for op in ops]
+        shapes = {**shapes, INPUT: shapes[flat]}
+    ops = _fused(ops)
+    return Network(tuple(ops), {t: shapes[t] for t in (INPUT, *(op.out for op in ops))})
+
+
+def _refused(what: str, why: str) -> Unsupported:
+    return Unsupported(
+        f"`engine` must be one that can train this network; sparse cannot: {what} {why}. "
+        "Use auto or separate."
+    )
+
+
+class _Reader:
+    """Walks through a traced module, operation by operation."""
+
+    def __init__(self, module: nn.Module, input_shape: Shape) -> None:
+        self.module = module
+        try:
+            traced = GraphModule(module, Tracer().trace(module))
+        except Exception as problem:
+            raise _refused("its forward pass", f"cannot be traced ({problem})") from problem
+        self.ops: list[Op] = []
+        self.shapes: dict[int, Shape] = {}
+        self.tensors: dict[Node, Any] = {}
+        self.used: Counter[str] = Counter()
+        self.changed: set[int] = set()  # in place
+        for node in traced.graph.nodes:
+            self.tensors[node] = self._read(node, input_shape)
+        self._check()
+
+    def _read(self, node: Node, input_shape: Shape) -> Any:
+        match node.op:
+            case "placeholder":
+                if self.shapes:
+                    raise _refused("its forward pass", "has more than one input")
+                return self._new(input_shape)
+            case "output":
+                self.logits = self._given(node.args[0], "output")
+                return None
+            case "call_module":
+                return self._module(str(node.target), self._arguments(node))
+            case "call_function":
+                return self._function(node, self._arguments(node))
+            case "call_method":
+                return self._method(node, self._arguments(node))
+            case _:
+                raise _refused(f"`{node.target}`", "is used outside a layer")
+
+    def _arguments(self, node: Node) -> list[Any]:
+        return [self.tensors[a] if isinstance(a, Node) else a for a in node.args]
+
+    def _given(self, node: Any, name: str) -> int:
+        found = self.tensors.get(node) if isinstance(node, Node) else None
+        if not isinstance(found, int):
+            raise _refused(f"`{name}`", "does not return one tensor")
+        return found
+
+    def _new(self, shape: Shape) -> int:
+        self.shapes[len(self.shapes)] = shape
+        return len(self.shapes) - 1
+
+    def _check(self) -> None:
+        for name, param in self.module.named_parameters():
+            if not param.requires_grad:
+                raise _refused(f"`{name}`", "is frozen")
+            layer = name.rpartition(".")[0]
+            if self.used[layer] != 1:
+                raise _refused(f"`{layer or name}`", f"is used {self.used[layer]} times")
+        for name, part in self.module.named_modules():
+            if any(getattr(part, f"_{kind}_hooks") for kind in HOOKS):
+                raise _refused(f"`{name}`", "has hooks")
+        readers = Counter(t for op in self.ops for t in inputs(op))
+        if any(readers[x] > 1 for x in self.changed):
+            raise _refused("its forward pass", "changes in place what is read again")
+        last = self.ops[-1] if self.ops else None
+        if last is None or last.out != self.logits or len(self.shapes[self.logits]) != 1:
+            raise _refused("its output", "is not one row of logits a sample")
+
+    # -- modules
+
+    def _module(self, name: str, given: list[Any]) -> int:
+        module = self.module.get_submodule(name)
+        self.used[name] += 1
+        x, what = given[0], f"`{name}` ({type(module).__name__})"
+        match module:
+            case nn.Linear():
+                return self._linear(name, what, module, x)
+            case nn.Conv2d():
+                return self._convolution(name, what, module, x)
+            case nn.BatchNorm2d() | nn.BatchNorm1d():
+                return self._normalization(name, what, module, x)
+            case nn.ReLU():
+                return self._relu(x, changes=module.inplace)
+            case nn.Identity() | nn.Dropout(p=0.0):
+                return x
+            case nn.Flatten(start_dim=1, end_dim=-1):
+                return self._flatten(x)
+            case _:
+                return self._pooling(what, module, x)
+
+    def _pooling(self, what: str, module: nn.Module, x: int) -> int:
+        match module:
+            case nn.MaxPool2d(padding=0, dilation=1, ceil_mode=False, return_indices=False):
+                return self._pool(MaxPool, what, x, module.kernel_size, module.stride)
+            case nn.AvgPool2d(padding=0, ceil_mode=False, divisor_override=None):
+                return self._pool(MeanPool, what, x, module.kernel_size, module.stride)
+            case nn.AdaptiveAvgPool2d():
+                return self._adaptive(what, x, module.output_size)
+            case _:
+                raise _refused(what, "is not among its layers, or not with these settings")
+
+    def _has_bias(self, name: str) -> bool:
+        return f"{name}.bias" in dict(self.module.named_parameters())
+
+    def _linear(self, name: str, what: str, module: nn.Linear, x: int) -> int:
+        if self.shapes[x] != (module.in_features,):
+            raise _refused(what, f"is applied to a tensor of shape {self.shapes[x]}")
+        out = self._new((module.out_features,))
+        shape = module.out_features, module.in_features, 1, 1
+        self.ops.append(Connect(name, x, out, shape, self._has_bias(name)))
+        return out
+
+    def _convolution(self, name: str, what: str, module: nn.Conv2d, x: int) -> int:
+        padding, stride = module.padding, module.stride
+        if isinstance(padding, str) or module.padding_mode != "zeros" or stride[0] != stride[1]:
+            raise _refused(what, "must have numbers of zeros as padding and one stride")
+        self._check_image(what, x)
+        channels, *size = self.shapes[x]
+        kernel, dilation = module.kernel_size, module.dilation
+        made = [
+            (side + 2 * p - d * (k - 1) - 1) // s + 1
+            for side, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
+        ]
+        out = self._new((module.out_channels, *made))
+        rows, columns = kernel
+        shape = module.out_channels, channels // module.groups, rows, columns
+        self.ops.append(
+            Connect(
+                name, x, out, shape, self._has_bias(name), module.groups,
+                (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]),
+            )
+        )  # fmt: skip
+        return out
+
+    def _normalization(self, name: str, what: str, module: Any, x: int) -> int:
+        if module.momentum is None or not (module.affine and module.track_running_stats):
+            raise _refused(what, "must have weights, running statistics and a momentum")
+        out = self._new(self.shapes[x])
+        self.ops.append(Normalize(name, x, out, module.eps, module.momentum))
+        return out
+
+    # -- functions and methods
+
+    def _function(self, node: Node, given: list[Any]) -> Any:
+        name = getattr(node.target, "__name__", str(node.target))
+        what = f"`{name}`"
+        named = node.kwargs
+        if node.target in (F.relu, torch.relu) and not set(named) - {"inplace"}:
+            return self._relu(given[0], changes=bool(named.get("inplace")))
+        if node.target in (operator.add, operator.iadd, torch.add) and not named:
+            self.changed |= {given[0]} if node.target is operator.iadd else set()
+            return self._add(what, *given)
+        if node.target is torch.flatten and (given[1:] == [1] or named == {"start_dim": 1}):
+            return self._flatten(given[0])
+        pools: dict[Any, type[MaxPool | MeanPool]] = {F.max_pool2d: MaxPool, F.avg_pool2d: MeanPool}
+        if node.target in pools and not set(named) - {"kernel_size", "stride"}:
+            size = given[1] if len(given) > 1 else named["kernel_size"]
+            stride = given[2] if len(given) > 2 else named.get("stride")
+            return self._pool(pools[node.target], what, given[0], size, stride)
+        if node.target is F.adaptive_avg_pool2d and not named:
+            return self._adaptive(what, given[0], given[1])
+        if node.target in (getattr, operator.getitem):
+            return None  # a size, for `view`
+        raise _refused(what, "is not among its functions")
+
+    def _method(self, node: Node, given: list[Any]) -> Any:
+        x, rest = given[0], given[1:]
+        match node.target:
+            case "relu":
+                return self._relu(x)
+            case "add":
+                return self._add("`add`", *given)
+            case "size":
+                return None
+            case "flatten" if rest == [1] and not node.kwargs:
+                return self._flatten(x)
+            case "view" | "reshape" if len(rest) == 2 and not node.kwargs:
+                if rest[0] in (None, -1) and rest[1] in (-1, self._num_features(x)):
+                    return self._flatten(x)
+            case _:
+                pass
+        raise _refused(f"`{node.target}`", "is not among its methods, or not with these arguments")
+
+    # -- operations
+
+    def _num_features(self, x: int) -> int:
+        return torch.Size(self.shapes[x]).numel()
+
+    def _check_image(self, what: str, x: Any) -> None:
+        if not isinstance(x, int) or len(self.shapes[x]) != 3:
+            raise _refused(what, "is not applied to images [channel, height, width]")
+
+    def _relu(self, x: int, *, changes: bool = False) -> int:
+        self.changed |= {x} if changes else set()
+        out = self._new(self.shapes[x])
+        self.ops.append(Relu(x, out))
+        return out
+
+    def _add(self, what: str, x: Any, other: Any) -> int:
+        both = isinstance(x, int) and isinstance(other, int) and other in self.shapes
+        if not both or self.shapes[x] != self.shapes[other] or x == other:
+            raise _refused(what, "must be of two tensors of one shape")
+        out = self._new(self.shapes[x])
+        self.ops.append(Add(x, other, out))
+        return out
+
+    def _flatten(self, x: int) -> int:
+        if len(self.shapes[x]) == 1:
+            return x
+        out = self._new((self._num_features(x),))
+        self.ops.append(Flatten(x, out))
+        return out
+
+    def _pool(
+        self, kind: type[MaxPool | MeanPool], what: str, x: int, size: Any, stride: Any
+    ) -> int:
+        self._check_image(what, x)
+        sides, steps = _pair(size), _pair(size if stride is None else stride)
+        channels, *rest = self.shapes[x]
+        if sides != steps or any(side > whole for side, whole in zip(sides, rest, strict=True)):
+            raise _refused(what, "must pool squares side by side, inside the image")
+        made = (side // s for side, s in zip(rest, sides, strict=True))
+        out = self._new((channels, *made))
+        self.ops.append(kind(x, out, sides))
+        return out
+
+    def _adaptive(self, what: str, x: int, size: Any) -> int:
+        self._check_image(what, x)
+        channels, *rest = self.shapes[x]
+        made = _pair(size)
+        if any(side % m for side, m in zip(rest, made, strict=True)):
+            raise _refused(what, f"must have a result that divides the image's {tuple(rest)}")
+        sides = rest[0] // made[0], rest[1] // made[1]
+        out = self._new((channels, *made))
+        self.ops.append(MeanPool(x, out, sides))
+        return out
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+# -- fusing ----------------------------------------------------------------------------------------
+
+
+def _fused(ops: list[Op]) -> list[Op]:
+    """The same with sums and ReLUs taken on by what makes their input, where nothing else reads it.
+
+    What takes one on runs where that stood: all that it reads is made by then.
+    """
+    readers = Counter(t for op in ops for t in inputs(op))
+    done: list[Op] = []
+    for op in ops:
+        taken = _taken_on(op, [made for made in done if readers[made.out] == 1])
+        if taken is not None:
+            done.remove(taken[0])
+        done.append(op if taken is None else taken[1])
+    return done
+
+
+def _taken_on(op: Op, candidates: list[Op]) -> tuple[Op, Op] | None:
+    """An operation that can take on another: as it was, and as it then is."""
+    for made in candidates:
+        match op, made:
+            case Relu(x, out), Connect(relu=False) | Normalize(relu=False) | Add(relu=False):
+                if made.out == x:
+                    return made, replace(made, out=out, relu=True)
+            case Add(x, other, out), Normalize(other=None, relu=False):
+                if made.out in (x, other):
+                    return made, replace(made, out=out, other=other if made.out == x else x)
+            case _:
+                pass
+    return None
