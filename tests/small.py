@@ -59,7 +59,11 @@ def graph(recipe: dict[str, Any] | None = None, **changes: Any) -> Graph:
 
 def jobs(of: Graph) -> list[worker.Job]:
     """Parents before children."""
-    return [worker.Job(run, address, of.keep[address]) for address, run in of.runs.items()]
+    engine = of.study.engine
+    return [
+        worker.Job(run, address, of.keep[address], engine=engine)
+        for address, run in of.runs.items()
+    ]
 
 
 def train(of: Graph, lab: Lab) -> None:

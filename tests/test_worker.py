@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import math
@@ -53,8 +54,10 @@ def lab(tmp_path):
     opened.close()
 
 
-def dense_job(**recipe: object) -> Job:
-    return small.jobs(small.graph(recipe, num_seeds=1, arms=["dense"], levels=1))[0]
+def dense_job(engine: str = "separate", **recipe: object) -> Job:
+    """By default on the engine that can be stopped at any step."""
+    settings = {"num_seeds": 1, "arms": ["dense"], "levels": 1, "engine": engine}
+    return small.jobs(small.graph(recipe, **settings))[0]
 
 
 def until_step(last: int, seen: list[int] | None = None):
@@ -308,6 +311,21 @@ def test_a_run_is_trained_once_and_then_reused(lab):
     assert list((lab.folder / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize(("asked", "engine"), [("auto", "sparse"), ("stacked", "stacked")])
+def test_a_run_is_recorded_with_the_engine_that_trained_it(asked, engine, lab):
+    job = dense_job(asked)
+    assert Workshop(lab, "cpu").perform(job) == "trained"
+    assert lab.record(job.address).engine == f"{engine}/cpu"
+
+
+def test_a_replay_is_by_the_engine_of_the_stored_run(lab):
+    job = dense_job("sparse")
+    Workshop(lab, "cpu").perform(job)
+    asked = replace(job, keep=frozenset({30}), engine="separate")
+    assert Workshop(lab, "cpu").perform(asked) == "reused"  # proved equal bit for bit
+    assert lab.record(job.address).engine == "sparse/cpu"
+
+
 def test_a_run_that_another_process_trains_is_left_to_it(lab):
     job = dense_job()
     with Lab(lab.folder).locked(job.address):
@@ -326,7 +344,12 @@ VARIANTS = {
     "cosine, pauses off the evaluations": {
         "recipe": {"schedule": {"kind": "cosine", "warmup": 5}, "eval_every": 7}
     },
+    "sparse": {"engine": "sparse"},
+    "sparse, momentum": {"engine": "sparse", "recipe": {"optimizer": {"kind": "sgd",
+                         "momentum": 0.9}, "learning_rate": 0.05, "eval_every": 7}},
+    "a stack of one": {"engine": "stacked", "recipe": {"eval_every": 7}},
 }  # fmt: skip
+BURSTS = [variant for variant in VARIANTS if "engine" in VARIANTS[variant]]
 PAUSES = {
     "first step": [0],
     "after an evaluation": [20],
@@ -345,7 +368,7 @@ def unbroken(tmp_path_factory):
         if variant not in known:
             rewind = {"kind": "rewind", "to": {"kind": "to-step", "step": REWOUND}}
             settings = {"num_seeds": 1, "arms": ["dense", rewind], "levels": 1}
-            of = small.graph(**settings | VARIANTS[variant])
+            of = small.graph(**settings | {"engine": "separate"} | VARIANTS[variant])
             folder = tmp_path_factory.mktemp("unbroken") / "lab"
             small.trained(of, folder).close()
             known[variant] = of, small.contents(folder)
@@ -354,8 +377,23 @@ def unbroken(tmp_path_factory):
     return find
 
 
+@pytest.mark.parametrize("variant", BURSTS)
+def test_pause_and_resume_is_no_pause_where_steps_come_in_bursts(variant, unbroken, lab):
+    of, expected = unbroken(variant)
+    for job in small.jobs(of):
+        bursts = 0
+        for last in range(0, 60, 3):
+            with contextlib.suppress(Stopped):
+                Workshop(lab, "cpu").perform(job, until_step(last))
+            found = lab.checkpoint(job.address)
+            bursts += found is not None and found[0].step > job.run.clock[0]
+        Workshop(lab, "cpu").perform(job)
+        assert bursts > 2
+    assert small.contents(lab.folder) == expected
+
+
 @pytest.mark.parametrize("pauses", PAUSES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in BURSTS])
 def test_pause_and_resume_is_no_pause(variant, pauses, unbroken, lab):
     of, expected = unbroken(variant)
     for job in small.jobs(of):
@@ -406,8 +444,12 @@ def test_the_seconds_of_a_run_are_those_of_all_its_parts(lab):
 
 @pytest.mark.parametrize(
     "other",
-    [{"engine": "separate/cuda"}, {"versions": {"torch": "1", "numpy": "1", "windfall": "0"}}],
-    ids=["device", "versions"],
+    [
+        {"engine": "separate/cuda"},
+        {"engine": "sparse/cpu"},
+        {"versions": {"torch": "1", "numpy": "1", "windfall": "0"}},
+    ],
+    ids=["device", "engine", "versions"],
 )
 def test_a_checkpoint_of_another_engine_is_not_resumed(other, lab):
     job, seen = dense_job(), []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from windfall.models import is_importable
-from windfall.schedule import Outcome, Progress, Queue
+from windfall.schedule import Outcome, Progress, Queue, engines
 from windfall.spec import Json, SpecError, canonical
 from windfall.store import Lab
 from windfall.study import Graph
@@ -324,6 +324,7 @@ def execute(
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     chosen = pick_device(device)
+    engines(graph, chosen)  # an engine asked for by name must be one that can
     with _interruptible() as stopping:
         queue = Queue(graph, lab)
         if not is_importable(graph.study.model):

@@ -6,6 +6,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+from windfall import seeds
+from windfall.engines.rule import Choice, choose
+from windfall.runs import Pruned
 from windfall.store import Lab
 from windfall.study import Graph
 from windfall.worker import Job
@@ -52,6 +55,25 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict[str, str])
 
 
+def engines(graph: Graph, device: str) -> dict[str, Choice]:
+    """The engine that trains each run of a graph on a device, by address.
+
+    Raises:
+        Unsupported: when the study asks for one by name that cannot train its network.
+    """
+    study, shape = graph.study, graph.network.input_shape
+    with seeds.isolated(0, "inspect"):
+        network = study.model.build(shape, graph.network.num_classes)
+    made: dict[float, Choice] = {}
+    found: dict[str, Choice] = {}
+    for address, run in graph.runs.items():
+        density = graph.density(run.start.level) if isinstance(run.start, Pruned) else 1.0
+        if density not in made:
+            made[density] = choose(study.engine, network, shape, density, device)
+        found[address] = made[density]
+    return found
+
+
 class Queue:
     """Which runs are to be done, which are ready, in what order, and what came of the rest."""
 
@@ -77,7 +99,8 @@ class Queue:
 
     def job(self, address: str, checkpoint_seconds: float) -> Job:
         """What is asked of the worker that gets the run."""
-        return Job(self.runs[address], address, self.graph.keep[address], checkpoint_seconds)
+        keep, engine = self.graph.keep[address], self.graph.study.engine
+        return Job(self.runs[address], address, keep, checkpoint_seconds, engine)
 
     def work(self, address: str) -> int:
         """Its number of steps."""

@@ -25,6 +25,7 @@ from windfall import prune as pruning
 from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, Rewind, Ticket
 from windfall.data import Data, Dataset, UserData, tensors
 from windfall.data import load as load_data
+from windfall.engines.rule import Asked
 from windfall.initialize import GlorotNormal, Initialization, TorchDefault
 from windfall.models import Kind, ModelField, UserModel
 from windfall.prune import LearningRate, Prune, ToStep
@@ -92,7 +93,7 @@ class Study(Spec):
     metric: Metric = "test_accuracy"
     margin: float | None = Field(default=None, ge=0)
     intervals: Literal["t", "bca"] = "t"
-    engine: Literal["auto", "separate"] = unaddressed("auto")
+    engine: Asked = unaddressed("auto")
 
     @field_validator("arms", mode="before")
     @classmethod

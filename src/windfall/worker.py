@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from windfall import data as datasets
 from windfall import models, seeds, tickets
 from windfall.data import Dataset
-from windfall.engines import separate
+from windfall.engines import rule
 from windfall.engines.contract import Task
 from windfall.initialize import initial_parameters
 from windfall.prune import ToStep
@@ -50,12 +50,14 @@ class Job:
         address: of the run.
         keep: steps whose snapshots must be stored.
         checkpoint_seconds: of training between two checkpoints, at least 0.
+        engine: that is asked for; `auto` is the fixed rule's.
     """
 
     run: Run
     address: str
     keep: frozenset[int]
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    engine: rule.Asked = "auto"
 
     def to_json(self) -> Json:
         """The job as JSON, where the data lies included."""
@@ -65,13 +67,15 @@ class Job:
             "address": self.address,
             "keep": sorted(self.keep),
             "checkpoint_seconds": self.checkpoint_seconds,
+            "engine": self.engine,
         }
 
     @classmethod
     def from_json(cls, job: Json) -> "Job":
         """The job that `to_json` wrote."""
         run, seconds = Run.from_json(job["run"]), job.get("checkpoint_seconds", CHECKPOINT_SECONDS)
-        return cls(run, job["address"], frozenset(job["keep"]), seconds)
+        keep, engine = frozenset(job["keep"]), job.get("engine", "auto")
+        return cls(run, job["address"], keep, seconds, engine)
 
 
 def versions() -> dict[str, str]:
@@ -209,9 +213,9 @@ class Workshop:
             if record is not None and self.lab.holds(record, job.keep):
                 return "reused"
             with quiet_machine():
-                final, seconds = self._train(job, record, pulse)
+                final, seconds, engine = self._train(job, record, pulse)
             if record is None:
-                self.lab.finish(self._recorded(job, final, seconds), final)
+                self.lab.finish(self._recorded(job, final, seconds, engine), final)
                 return "trained"
             self._prove_replay(record, final)
             self.lab.finish(replace(record, snapshots=sorted(final.snapshots)), final)
@@ -239,10 +243,10 @@ class Workshop:
 
     def _train(
         self, job: Job, record: Record | None, pulse: Callable[[int], bool]
-    ) -> tuple[State, float]:
+    ) -> tuple[State, float, str]:
         keep = job.keep | frozenset(record.snapshots if record else ())
-        state, facts = self._resumed(job.address, keep)
-        state = self.beginning(job.run) if state is None else state
+        run, data, network = job.run, self.data(job.run), self.network(job.run)
+        state, facts = self._resumed(job, network, record, keep)
         keep = frozenset(facts["keep"])  # a checkpoint's too: its next one will claim them
         begun = saved = time.monotonic()
 
@@ -256,27 +260,33 @@ class Workshop:
             if is_stopping:
                 raise Stopped
 
-        run, data, network = job.run, self.data(job.run), self.network(job.run)
         task = Task(network, data, run.recipe, run.seed, run.clock[1], keep)
-        spent = facts["seconds"]
-        final = separate.train(task, state, tick)
-        return final, spent + time.monotonic() - begun
+        spent, engine = facts["seconds"], facts["made_by"]["engine"]
+        final = rule.train(engine.partition("/")[0], task, state, tick)
+        return final, spent + time.monotonic() - begun, engine
 
-    def _resumed(self, address: str, keep: frozenset[int]) -> tuple[State | None, Json]:
-        """The checkpoint to train on from, if there is one that this worker could have written."""
-        made_by: Json = {"engine": self._engine, "versions": versions()}
-        found = self.lab.checkpoint(address)
+    def _resumed(
+        self, job: Job, network: nn.Module, record: Record | None, keep: frozenset[int]
+    ) -> tuple[State, Json]:
+        """The state to train on from: of the checkpoint, if this worker would have written it."""
+        found = self.lab.checkpoint(job.address)
         if found is not None:
             state, facts = found
+            made_by = self._made_by(job, network, record, state)
             if keep <= set(facts["keep"]) and facts.get("made_by", made_by) == made_by:
-                return state, facts
-        return None, {"seconds": 0.0, "keep": sorted(keep), "made_by": made_by}
+                return state, {"made_by": made_by, **facts}
+        state = self.beginning(job.run)
+        made_by = self._made_by(job, network, record, state)
+        return state, {"seconds": 0.0, "keep": sorted(keep), "made_by": made_by}
 
-    @property
-    def _engine(self) -> str:
-        return f"separate/{self.device}"
+    def _made_by(self, job: Job, network: nn.Module, record: Record | None, state: State) -> Json:
+        """The engine and versions of a training; a replay's engine is that of the stored run."""
+        asked = job.engine if record is None else cast(rule.Name, record.engine.partition("/")[0])
+        shape, density = self.data(job.run).input_shape, rule.kept(state)
+        engine = rule.choose(asked, network, shape, density, self.device).engine
+        return {"engine": f"{engine}/{self.device}", "versions": versions()}
 
-    def _recorded(self, job: Job, final: State, seconds: float) -> Record:
+    def _recorded(self, job: Job, final: State, seconds: float, engine: str) -> Record:
         kept = sum(int(mask.sum()) for mask in final.masks.values()) if final.masks else -1
         return Record(
             job.address,
@@ -286,7 +296,7 @@ class Workshop:
             sorted(final.snapshots),
             kept,
             seconds,
-            self._engine,
+            engine,
             versions(),
             now(),
         )

@@ -4,9 +4,11 @@ An engine's `train` takes a `Task` and a `State` and returns the state at the ta
 draws what the seed's streams say, and gives the training of `engines.separate` up to rounding.
 """
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -117,3 +119,9 @@ def overwrite(network: nn.Module, state: State) -> None:
     ):
         for name, tensor in own.items():
             tensor.copy_(given[name])
+
+
+def generators() -> object:
+    """Where the global generators of Python, numpy and torch stand: to see whether code drew."""
+    numeric = np.random.get_state(legacy=False)  # noqa: NPY002  read, not drawn from
+    return random.getstate(), repr(numeric), torch.get_rng_state().tolist()

@@ -8,18 +8,17 @@ Networks of linear layers and ReLU become batched matrix products, any other run
 """
 
 import copy
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from windfall import seeds
+from windfall.engines import contract
 from windfall.engines.contract import Task, Unsupported
 from windfall.masks import Params
 
@@ -215,11 +214,11 @@ def _watch(network: nn.Module, running: list[Visit]) -> None:
     """
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda part, *_: running.append((name, _drawn(), _kept(part)))
+        return lambda part, *_: running.append((name, contract.generators(), _kept(part)))
 
     def leave(part: nn.Module, *_: Any) -> None:
         drawn, before = running[-1][1:]
-        if drawn != _drawn():
+        if drawn != contract.generators():
             raise RuntimeError("it draws from a global generator.")
         if any(before.get(name) is not tensor for name, tensor in _kept(part).items()):
             raise RuntimeError("it keeps a tensor that is no buffer.")
@@ -228,12 +227,6 @@ def _watch(network: nn.Module, running: list[Visit]) -> None:
     for name, part in network.named_modules():
         part.register_forward_pre_hook(enter(name))
         part.register_forward_hook(leave)
-
-
-def _drawn() -> object:
-    """Where the generators of Python and numpy stand."""
-    numeric = np.random.get_state(legacy=False)  # noqa: NPY002  read, not drawn from
-    return random.getstate(), repr(numeric)
 
 
 def _kept(part: nn.Module) -> Params:

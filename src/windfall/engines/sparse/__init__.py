@@ -9,7 +9,8 @@ In the order of reading:
     machine    machine code: compiled by LLVM, kept on disk
     kernels    products, gradients, updates, the loss
     passes     normalization, pooling, sums
-    graph      a module as a list of operations
+    operations a network as a list of operations
+    graph      a module read as one
     pack       surviving weights as lists of entries
     program    the step of a network, compiled
     training   the engine

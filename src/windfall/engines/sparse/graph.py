@@ -1,15 +1,12 @@
-"""A network as a list of operations on tensors, read from its module by `torch.fx`.
-
-    network = read(module, (3, 32, 32))
-    [op for op in network.ops if isinstance(op, Connect)]
+"""A module read as a list of operations, by `torch.fx`.
 
 Whatever the sparse engine cannot run is refused by the name of its layer.
 """
 
+import copy
 import operator
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,119 +14,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node, Tracer
 
+from windfall import seeds
+from windfall.engines import contract
 from windfall.engines.contract import Unsupported
+from windfall.engines.sparse.operations import (
+    INPUT,
+    Add,
+    Connect,
+    Flatten,
+    MaxPool,
+    MeanPool,
+    Network,
+    Normalize,
+    Op,
+    Relu,
+    Shape,
+    fused,
+    inputs,
+)  # fmt: skip
 
-Shape = tuple[int, ...]  # [channel, height, width] or [feature]
-INPUT = 0  # the tensor that the network is given
 HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
-
-
-@dataclass(frozen=True)
-class Connect:
-    """A linear layer or convolution, its weights named `name`.weight and `name`.bias."""
-
-    name: str
-    x: int
-    out: int
-    shape: tuple[int, int, int, int]
-    has_bias: bool
-    groups: int = 1
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    relu: bool = False
-
-
-@dataclass(frozen=True)
-class Normalize:
-    """A batch normalization, and another tensor added to its result."""
-
-    name: str
-    x: int
-    out: int
-    eps: float
-    momentum: float
-    other: int | None = None
-    relu: bool = False
-
-
-@dataclass(frozen=True)
-class Add:
-    """The sum of two tensors."""
-
-    x: int
-    other: int
-    out: int
-    relu: bool = False
-
-
-@dataclass(frozen=True)
-class Relu:
-    """A ReLU that no other operation could take on."""
-
-    x: int
-    out: int
-
-
-@dataclass(frozen=True)
-class Flatten:
-    """An image as features."""
-
-    x: int
-    out: int
-
-
-@dataclass(frozen=True)
-class MaxPool:
-    """The largest number of each square."""
-
-    x: int
-    out: int
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class MeanPool:
-    """The mean of each square."""
-
-    x: int
-    out: int
-    size: tuple[int, int]
-
-
-Op = Connect | Normalize | Add | Relu | Flatten | MaxPool | MeanPool
-
-
-@dataclass(frozen=True)
-class Network:
-    """Operations in the order they run; tensor INPUT is the input, the last one's `out` the logits.
-
-    Args:
-        ops: the operations.
-        shapes: of one sample of each tensor.
-    """
-
-    ops: tuple[Op, ...]
-    shapes: dict[int, Shape]
-
-    @cached_property
-    def trained(self) -> frozenset[int]:
-        """The tensors that depend on a parameter: for these a gradient is needed."""
-        found: set[int] = set()
-        for op in self.ops:
-            if isinstance(op, Connect | Normalize) or found & set(inputs(op)):
-                found.add(op.out)
-        return frozenset(found)
-
-    def readers(self) -> Counter[int]:
-        """How often each tensor is read."""
-        return Counter(t for op in self.ops for t in inputs(op))
-
-
-def inputs(op: Op) -> list[int]:
-    """The tensors that an operation reads."""
-    other = getattr(op, "other", None)
-    return [op.x] if other is None else [op.x, other]
 
 
 def read(module: nn.Module, input_shape: Shape) -> Network:
@@ -142,13 +46,15 @@ def read(module: nn.Module, input_shape: Shape) -> Network:
     Raises:
         Unsupported: when the sparse engine cannot run it; the message names the layer.
     """
-    reader = _Reader(module, input_shape)
+    reader, other = (_Reader(module, input_shape, training=mode) for mode in (True, False))
     ops, shapes = reader.ops, reader.shapes
+    if ops != other.ops:
+        raise _refused("its forward pass", "is another one in evaluation")
     if isinstance(ops[0], Flatten) and Network(tuple(ops), shapes).readers()[INPUT] == 1:
         ops, flat = ops[1:], ops[0].out  # the samples are read as features at once
         ops = [replace(op, x=INPUT) if op.x == flat else op for op in ops]
         shapes = {**shapes, INPUT: shapes[flat]}
-    ops = _fused(ops)
+    ops = fused(ops)
     return Network(tuple(ops), {t: shapes[t] for t in (INPUT, *(op.out for op in ops))})
 
 
@@ -159,15 +65,37 @@ def _refused(what: str, why: str) -> Unsupported:
     )
 
 
+def _traced(module: nn.Module, *, training: bool) -> GraphModule:
+    """The trace of a copy, which may neither remember nor draw: its trace would not show it."""
+    copied = copy.deepcopy(module).train(training)
+    try:
+        with seeds.isolated(0, "trace"):
+            before = _memory(copied), contract.generators()
+            traced = GraphModule(copied, Tracer().trace(copied))
+            after = _memory(copied), contract.generators()
+    except Exception as problem:
+        raise _refused("its forward pass", f"cannot be traced ({problem})") from problem
+    if before != after:
+        raise _refused("its forward pass", "changes something beside its result, or draws")
+    return traced
+
+
+def _memory(module: nn.Module) -> str:
+    """What the parts of a module hold beside parameters, buffers and parts."""
+    return repr(
+        [
+            (name, [item for item in vars(part).items() if not item[0].startswith("_")])
+            for name, part in module.named_modules()
+        ]
+    )
+
+
 class _Reader:
     """Walks through a traced module, operation by operation."""
 
-    def __init__(self, module: nn.Module, input_shape: Shape) -> None:
+    def __init__(self, module: nn.Module, input_shape: Shape, *, training: bool) -> None:
         self.module = module
-        try:
-            traced = GraphModule(module, Tracer().trace(module))
-        except Exception as problem:
-            raise _refused("its forward pass", f"cannot be traced ({problem})") from problem
+        traced = _traced(module, training=training)
         self.ops: list[Op] = []
         self.shapes: dict[int, Shape] = {}
         self.tensors: dict[Node, Any] = {}
@@ -397,36 +325,3 @@ class _Reader:
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-# -- fusing ----------------------------------------------------------------------------------------
-
-
-def _fused(ops: list[Op]) -> list[Op]:
-    """The same with sums and ReLUs taken on by what makes their input, where nothing else reads it.
-
-    What takes one on runs where that stood: all that it reads is made by then.
-    """
-    readers = Counter(t for op in ops for t in inputs(op))
-    done: list[Op] = []
-    for op in ops:
-        taken = _taken_on(op, [made for made in done if readers[made.out] == 1])
-        if taken is not None:
-            done.remove(taken[0])
-        done.append(op if taken is None else taken[1])
-    return done
-
-
-def _taken_on(op: Op, candidates: list[Op]) -> tuple[Op, Op] | None:
-    """An operation that can take on another: as it was, and as it then is."""
-    for made in candidates:
-        match op, made:
-            case Relu(x, out), Connect(relu=False) | Normalize(relu=False) | Add(relu=False):
-                if made.out == x:
-                    return made, replace(made, out=out, relu=True)
-            case Add(x, other, out), Normalize(other=None, relu=False):
-                if made.out in (x, other):
-                    return made, replace(made, out=out, other=other if made.out == x else x)
-            case _:
-                pass
-    return None

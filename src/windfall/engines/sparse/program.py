@@ -13,7 +13,10 @@ from llvmlite import ir
 
 from windfall.engines.sparse import kernels, passes
 from windfall.engines.sparse.emit import I8, I32, I64, LANES, REALS, Emitter, Kernel, Pointer, Value
-from windfall.engines.sparse.graph import (
+from windfall.engines.sparse.kernels import Moments, Momentum, Post
+from windfall.engines.sparse.layout import Layout, Sweep, View, sweep, unflattened
+from windfall.engines.sparse.machine import Code
+from windfall.engines.sparse.operations import (
     INPUT,
     Add,
     Connect,
@@ -26,9 +29,6 @@ from windfall.engines.sparse.graph import (
     Relu,
     inputs,
 )  # fmt: skip
-from windfall.engines.sparse.kernels import Moments, Momentum, Post
-from windfall.engines.sparse.layout import Layout, Sweep, View, sweep, unflattened
-from windfall.engines.sparse.machine import Code
 from windfall.engines.sparse.pack import Connection
 
 STORED = {"uint8": I8, "float32": ir.FloatType(), "float64": ir.DoubleType()}

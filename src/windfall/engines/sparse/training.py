@@ -11,9 +11,9 @@ from windfall.data import Part
 from windfall.engines import contract
 from windfall.engines.contract import Pulse, Task, Unsupported
 from windfall.engines.sparse import graph, pack
-from windfall.engines.sparse.graph import INPUT, Connect, Normalize
 from windfall.engines.sparse.kernels import Moments, Momentum
 from windfall.engines.sparse.layout import LANES, Layout
+from windfall.engines.sparse.operations import INPUT, Connect, Network, Normalize
 from windfall.engines.sparse.program import STORED, Program
 from windfall.masks import Params
 from windfall.train import Adam, Recipe, State
@@ -79,6 +79,7 @@ class _Memory:
                 self._normalize(i, op, state)
         self.arrays["classes"] = aligned(program.width, np.int32)
         self.arrays["totals"] = aligned(2, np.float64)
+        self.arrays["rates"] = aligned(2, np.float64)
         self.arrays["present"] = aligned(program.width, self.real)
         self.arrays["present"][: program.batch_size] = 1
 
@@ -149,12 +150,14 @@ class _Memory:
             made[name] = torch.from_numpy(whole).reshape(param.shape)
         return made
 
-    def table(self, **others: Array) -> Array:
-        """The addresses that the program reads, some buffers replaced."""
-        arrays = self.arrays | others
-        return np.array(
-            [arrays[name].ctypes.data for name in self.program.compiled.places], np.int64
-        )
+    def run(self, entry: str, count: int, **others: Array) -> tuple[float, float]:
+        """Run an entry point of the program with some buffers replaced: its two totals."""
+        arrays = self.arrays | others  # alive while the program reads them
+        table = np.array([arrays[n].ctypes.data for n in self.program.compiled.places], np.int64)
+        totals = arrays["totals"]
+        totals[:] = 0
+        getattr(self.program.compiled, entry)(table.ctypes.data, count)
+        return float(totals[0]), float(totals[1])
 
 
 class _Source:
@@ -270,11 +273,8 @@ class _Training:
         indices = np.ascontiguousarray(self.drawn[at : at + num])
         source, indices = self._augmented(indices)
         rates = np.array([self._rate(self.step + i, self.updates + i + 1) for i in range(num)])
-        totals = self.memory.arrays["totals"]
-        totals[:] = 0
-        table = self.memory.table(rates=rates, **source.arrays(indices))
-        self.program.compiled.train(table.ctypes.data, num)
-        self.losses += float(totals[0]) / self.program.batch_size
+        loss, _ = self.memory.run("train", num, rates=rates, **source.arrays(indices))
+        self.losses += loss / self.program.batch_size
         self.step, self.updates = stop, self.updates + num
         if self.step == self.first + len(self.drawn):
             self.drawn, self.first = next(self.batches), self.step
@@ -311,13 +311,10 @@ class _Training:
 
     def evaluate(self) -> None:
         looks: list[tuple[float, float]] = []
-        totals = self.memory.arrays["totals"]
         for source in self.looks:
             num = len(source.labels)
-            totals[:] = 0
-            table = self.memory.table(**source.arrays(np.arange(num)), rates=totals)
-            self.program.compiled.evaluate(table.ctypes.data, num)
-            looks.append((float(totals[0]) / num, int(totals[1]) / num))
+            loss, right = self.memory.run("evaluate", num, **source.arrays(np.arange(num)))
+            looks.append((loss / num, right / num))
         losses = torch.tensor(self.losses, dtype=torch.float64)
         now = State(self.step, {}, {}, losses=losses, evaluations=self.evaluations)
         self.evaluations.append(contract.evaluation(now, looks[0], looks[1]))
@@ -336,7 +333,7 @@ def _feature_places(layout: Layout, shape: tuple[int, ...]) -> Array:
 _programs: dict[Any, Program] = {}
 
 
-def compiled_program(network: graph.Network, task: Task) -> Program:
+def compiled_program(network: Network, task: Task) -> Program:
     """The program of a network and task; the last ones are kept."""
     inputs = task.data.train.inputs
     if inputs.device.type != "cpu":

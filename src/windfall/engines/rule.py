@@ -1,0 +1,118 @@
+"""Which engine trains a run: a fixed rule of network, density, batch size and device.
+
+It is never a stopwatch's, so that a study stopped and run again ends where an unbroken one would.
+What the rule rests on (two cores of an AMD EPYC with AVX-512, torch 2.13, one replica a core, one
+thread each; seconds of a step of `separate` over those of `sparse`, `windfall bench step`):
+
+    density             1     .8    .6    .4    .2    .1   .05   .02
+    lenet-300-100      2.9    -     -     -    10     16    25    40
+    conv-2             1.0   1.2   1.5   2.1   3.2    -     -     -
+    conv-4              .7    .9   1.1   1.3   2.6    -     5     -
+    resnet-20          1.0   1.1   1.4   1.7   2.5    -     4     -
+    vgg-11              .7    .9   1.1   1.6   3.1    -     -     -
+
+A stack of replicas costs about as much as they do alone on a CPU; on a GPU, where a small network's
+step is the launch of its kernels, it costs about as much as one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+
+from windfall.engines import separate
+from windfall.engines.contract import Task, Unsupported
+from windfall.train import State
+
+Name = Literal["separate", "stacked", "sparse"]
+Asked = Literal["auto", "separate", "stacked", "sparse"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+BREAK_EVEN = 0.7  # density up to which sparse convolutions are faster than dense ones
+SMALL = 3_000_000  # parameters of a network whose kernels on a GPU cost their launch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and why it is not a faster one.
+
+    Args:
+        engine: that trains.
+        reason: why the sparse engine cannot, or None.
+    """
+
+    engine: Name
+    reason: str | None = None
+
+
+def choose(
+    asked: Asked, network: nn.Module, input_shape: tuple[int, ...], density: float, device: str
+) -> Choice:
+    """The engine of a run.
+
+    Args:
+        asked: for an engine by name, or `auto`.
+        network: to be trained.
+        input_shape: of one sample.
+        density: fraction of the prunable weights that are trained, in (0, 1].
+        device: `cpu` or `cuda`.
+
+    Raises:
+        Unsupported: when the engine asked for by name cannot train the network; the message names
+            the layer.
+    """
+    if asked in ("separate", "stacked"):
+        return Choice(asked)
+    if device != "cpu":
+        if asked == "sparse":
+            raise Unsupported("`engine` must be one for a GPU; sparse is for the CPU. Use auto.")
+        size = sum(param.numel() for param in network.parameters())
+        return Choice("stacked" if size <= SMALL else "separate")
+    from windfall.engines.sparse import (
+        graph,
+        operations,
+    )  # bring a compiler, which not every command needs
+
+    try:
+        found = graph.read(network, input_shape)
+    except Unsupported as problem:
+        if asked == "sparse":
+            raise
+        return Choice("separate", str(problem))
+    is_linear = all(
+        op.shape[2:] == (1, 1) for op in found.ops if isinstance(op, operations.Connect)
+    )
+    wins = asked == "sparse" or is_linear or density <= BREAK_EVEN
+    return Choice("sparse" if wins else "separate")
+
+
+def kept(state: State) -> float:
+    """The fraction of a state's prunable weights that are trained."""
+    masks = state.masks.values()
+    total = sum(mask.numel() for mask in masks)
+    return sum(int(mask.sum()) for mask in masks) / total if total else 1.0
+
+
+def train(
+    engine: Name,
+    task: Task,
+    state: State,
+    pulse: Callable[[int, Callable[[], State]], None] = lambda *_: None,
+) -> State:
+    """Train one run from a state to the task's last step, on an engine by name.
+
+    See `engines.separate.train`, `engines.sparse.train`.
+    """
+    if engine == "sparse":
+        from windfall.engines import sparse
+
+        return sparse.train(task, state, pulse)
+    if engine == "stacked":
+        from windfall.engines import stacked
+
+        final = stacked.train(
+            [task], [state], lambda step, states: pulse(step, lambda: states()[0])
+        )
+        return final[0]
+    return separate.train(task, state, pulse)
