@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from windfall import data, verbs
+from windfall import data, store, verbs
 from windfall.execute import Interrupted
 from windfall.spec import Json, SpecError
 
@@ -165,6 +165,10 @@ def data_get(
 @app.command()
 def bench(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which; default all.")] = None,
+    set_: Set = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A JSON file to write besides.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run this machine's benchmarks."""
@@ -172,12 +176,16 @@ def bench(
     from windfall import display
 
     with _told():
-        results = list(benchmarks.run(name))
+        results: list[Json] = []
+        for result in benchmarks.run(name, settings(set_)):
+            results.append(result)
+            if output is not None:
+                document = json.dumps({"benchmarks": results}, allow_nan=False, indent=1)
+                store.write_whole(output, document.encode())
+            if not as_json:
+                display.show(benchmarks.render(result))
         if as_json:
             _print_json({"benchmarks": results})
-            return
-        for result in results:
-            display.show(benchmarks.render(result))
 
 
 def main() -> None:
