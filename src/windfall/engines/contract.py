@@ -123,5 +123,6 @@ def overwrite(network: nn.Module, state: State) -> None:
 
 def generators() -> object:
     """Where the global generators of Python, numpy and torch stand: to see whether code drew."""
-    numeric = np.random.get_state(legacy=False)  # noqa: NPY002  read, not drawn from
-    return random.getstate(), repr(numeric), torch.get_rng_state().tolist()
+    state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  read, not drawn from
+    numeric = {name: np.asarray(value).tobytes() for name, value in state.items()}
+    return random.getstate(), numeric, torch.get_rng_state().numpy().tobytes()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import Graph, Node, Tracer
 
 from windfall import seeds
 from windfall.engines import contract
@@ -34,6 +34,9 @@ from windfall.engines.sparse.operations import (
 )  # fmt: skip
 
 HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+POOLS: dict[Any, type[MaxPool | MeanPool]] = {F.max_pool2d: MaxPool, F.avg_pool2d: MeanPool}
+PLAIN = {("ceil_mode", False), ("return_indices", False), ("count_include_pad", True)}
+PARAMETER_HOOKS = ("backward", "post_accumulate_grad")
 
 
 def read(module: nn.Module, input_shape: Shape) -> Network:
@@ -52,10 +55,16 @@ def read(module: nn.Module, input_shape: Shape) -> Network:
         raise _refused("its forward pass", "is another one in evaluation")
     if isinstance(ops[0], Flatten) and Network(tuple(ops), shapes).readers()[INPUT] == 1:
         ops, flat = ops[1:], ops[0].out  # the samples are read as features at once
-        ops = [replace(op, x=INPUT) if op.x == flat else op for op in ops]
+        ops = [_reading(op, {flat: INPUT}) for op in ops]
         shapes = {**shapes, INPUT: shapes[flat]}
     ops = fused(ops)
     return Network(tuple(ops), {t: shapes[t] for t in (INPUT, *(op.out for op in ops))})
+
+
+def _reading(op: Op, others: dict[int, int]) -> Op:
+    """The operation with other tensors in the places of some that it reads."""
+    named = {n: getattr(op, n) for n in ("x", "other") if getattr(op, n, None) is not None}
+    return replace(op, **{n: others.get(tensor, tensor) for n, tensor in named.items()})
 
 
 def _refused(what: str, why: str) -> Unsupported:
@@ -65,13 +74,13 @@ def _refused(what: str, why: str) -> Unsupported:
     )
 
 
-def _traced(module: nn.Module, *, training: bool) -> GraphModule:
+def _traced(module: nn.Module, *, training: bool) -> Graph:
     """The trace of a copy, which may neither remember nor draw: its trace would not show it."""
     copied = copy.deepcopy(module).train(training)
     try:
         with seeds.isolated(0, "trace"):
             before = _memory(copied), contract.generators()
-            traced = GraphModule(copied, Tracer().trace(copied))
+            traced = Tracer().trace(copied)
             after = _memory(copied), contract.generators()
     except Exception as problem:
         raise _refused("its forward pass", f"cannot be traced ({problem})") from problem
@@ -90,6 +99,10 @@ def _memory(module: nn.Module) -> str:
     )
 
 
+class _Made(int):
+    """The number of a tensor, told from any other number."""
+
+
 class _Reader:
     """Walks through a traced module, operation by operation."""
 
@@ -101,7 +114,7 @@ class _Reader:
         self.tensors: dict[Node, Any] = {}
         self.used: Counter[str] = Counter()
         self.changed: set[int] = set()  # in place
-        for node in traced.graph.nodes:
+        for node in traced.nodes:
             self.tensors[node] = self._read(node, input_shape)
         self._check()
 
@@ -115,7 +128,11 @@ class _Reader:
                 self.logits = self._given(node.args[0], "output")
                 return None
             case "call_module":
+                if node.kwargs or len(node.args) != 1:
+                    raise _refused(f"`{node.target}`", "is not given one tensor alone")
                 return self._module(str(node.target), self._arguments(node))
+            case "call_function" | "call_method" if self._is_size(node):
+                return None
             case "call_function":
                 return self._function(node, self._arguments(node))
             case "call_method":
@@ -123,31 +140,49 @@ class _Reader:
             case _:
                 raise _refused(f"`{node.target}`", "is used outside a layer")
 
+    def _is_size(self, node: Node) -> bool:
+        """Whether it asks for a tensor's shape, or a part of one: for `view`."""
+        first = self.tensors.get(node.args[0]) if isinstance(node.args[0], Node) else None
+        if isinstance(first, _Made):
+            return node.target == "size" or (node.target is getattr and node.args[1] == "shape")
+        return node.target is operator.getitem
+
     def _arguments(self, node: Node) -> list[Any]:
-        return [self.tensors[a] if isinstance(a, Node) else a for a in node.args]
+        given = [self.tensors[a] if isinstance(a, Node) else a for a in node.args]
+        if not given or not isinstance(given[0], _Made):
+            raise _refused(f"`{node.name}`", "is not given a tensor first")
+        return given
 
     def _given(self, node: Any, name: str) -> int:
         found = self.tensors.get(node) if isinstance(node, Node) else None
-        if not isinstance(found, int):
+        if not isinstance(found, _Made):
             raise _refused(f"`{name}`", "does not return one tensor")
         return found
 
-    def _new(self, shape: Shape) -> int:
-        self.shapes[len(self.shapes)] = shape
-        return len(self.shapes) - 1
+    def _new(self, shape: Shape) -> _Made:
+        made = _Made(len(self.shapes))
+        self.shapes[made] = shape
+        return made
 
     def _check(self) -> None:
-        for name, param in self.module.named_parameters():
+        own = dict(self.module.named_parameters())
+        for name, param in self.module.named_parameters(remove_duplicate=False):
+            if name not in own:
+                raise _refused(f"`{name}`", "is another layer's too")
             if not param.requires_grad:
                 raise _refused(f"`{name}`", "is frozen")
+            if any(getattr(param, f"_{kind}_hooks", None) for kind in PARAMETER_HOOKS):
+                raise _refused(f"`{name}`", "has hooks")
             layer = name.rpartition(".")[0]
             if self.used[layer] != 1:
                 raise _refused(f"`{layer or name}`", f"is used {self.used[layer]} times")
         for name, part in self.module.named_modules():
             if any(getattr(part, f"_{kind}_hooks") for kind in HOOKS):
                 raise _refused(f"`{name}`", "has hooks")
-        readers = Counter(t for op in self.ops for t in inputs(op))
-        if any(readers[x] > 1 for x in self.changed):
+        roots = {op.out: op.x for op in self.ops if isinstance(op, Flatten)}  # one memory
+        read = [t for op in self.ops for t in inputs(op) if not isinstance(op, Flatten)]
+        readers = Counter(roots.get(t, t) for t in read)
+        if any(readers[roots.get(x, x)] > 1 for x in self.changed):
             raise _refused("its forward pass", "changes in place what is read again")
         last = self.ops[-1] if self.ops else None
         if last is None or last.out != self.logits or len(self.shapes[self.logits]) != 1:
@@ -239,15 +274,14 @@ class _Reader:
             return self._add(what, *given)
         if node.target is torch.flatten and (given[1:] == [1] or named == {"start_dim": 1}):
             return self._flatten(given[0])
-        pools: dict[Any, type[MaxPool | MeanPool]] = {F.max_pool2d: MaxPool, F.avg_pool2d: MeanPool}
-        if node.target in pools and not set(named) - {"kernel_size", "stride"}:
-            size = given[1] if len(given) > 1 else named["kernel_size"]
-            stride = given[2] if len(given) > 2 else named.get("stride")
-            return self._pool(pools[node.target], what, given[0], size, stride)
+        if node.target in POOLS and len(given) <= 3:
+            settings = dict(zip(("kernel_size", "stride"), given[1:], strict=False)) | named
+            others = set(settings.items()) - {("padding", 0), ("dilation", 1), *PLAIN}
+            if {name for name, _ in others} <= {"kernel_size", "stride"}:
+                size, stride = settings["kernel_size"], settings.get("stride")
+                return self._pool(POOLS[node.target], what, given[0], size, stride)
         if node.target is F.adaptive_avg_pool2d and not named:
             return self._adaptive(what, given[0], given[1])
-        if node.target in (getattr, operator.getitem):
-            return None  # a size, for `view`
         raise _refused(what, "is not among its functions")
 
     def _method(self, node: Node, given: list[Any]) -> Any:
@@ -255,10 +289,8 @@ class _Reader:
         match node.target:
             case "relu":
                 return self._relu(x)
-            case "add":
+            case "add" if not node.kwargs:
                 return self._add("`add`", *given)
-            case "size":
-                return None
             case "flatten" if rest == [1] and not node.kwargs:
                 return self._flatten(x)
             case "view" | "reshape" if len(rest) == 2 and not node.kwargs:
@@ -273,8 +305,8 @@ class _Reader:
     def _num_features(self, x: int) -> int:
         return torch.Size(self.shapes[x]).numel()
 
-    def _check_image(self, what: str, x: Any) -> None:
-        if not isinstance(x, int) or len(self.shapes[x]) != 3:
+    def _check_image(self, what: str, x: int) -> None:
+        if len(self.shapes[x]) != 3:
             raise _refused(what, "is not applied to images [channel, height, width]")
 
     def _relu(self, x: int, *, changes: bool = False) -> int:
@@ -284,7 +316,7 @@ class _Reader:
         return out
 
     def _add(self, what: str, x: Any, other: Any) -> int:
-        both = isinstance(x, int) and isinstance(other, int) and other in self.shapes
+        both = isinstance(x, _Made) and isinstance(other, _Made)
         if not both or self.shapes[x] != self.shapes[other] or x == other:
             raise _refused(what, "must be of two tensors of one shape")
         out = self._new(self.shapes[x])
@@ -314,7 +346,7 @@ class _Reader:
     def _adaptive(self, what: str, x: int, size: Any) -> int:
         self._check_image(what, x)
         channels, *rest = self.shapes[x]
-        made = _pair(size)
+        made = [side if m is None else m for side, m in zip(rest, _pair(size), strict=True)]
         if any(side % m for side, m in zip(rest, made, strict=True)):
             raise _refused(what, f"must have a result that divides the image's {tuple(rest)}")
         sides = rest[0] // made[0], rest[1] // made[1]
@@ -323,5 +355,5 @@ class _Reader:
         return out
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: Any) -> tuple[Any, Any]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])

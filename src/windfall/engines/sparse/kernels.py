@@ -40,11 +40,13 @@ class Post:
         relu: it is cut at 0.
         gated: it is 0 where the gate is not above 0: the gradient of a ReLU whose output that is.
         adds: it is added to what is there.
+        part_gated: it alone is 0 where the gate is not above 0, not what it is added to.
     """
 
     relu: bool = False
     gated: bool = False
     adds: bool = False
+    part_gated: bool = False
 
 
 # -- sums over lanes -------------------------------------------------------------------------------

@@ -98,8 +98,10 @@ class Library:
 
 
 def _host() -> tuple[str, str]:
+    found = llvm.get_host_cpu_features()
     # LLVM would halve 16 lanes where it holds 512 bits to be slow; hand-written vectors are not.
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+    wide = ",-prefer-256-bit" if found.get("avx512f") else ""
+    return llvm.get_host_cpu_name(), found.flatten() + wide
 
 
 def _named(processor: str) -> tuple[str, str]:

@@ -126,12 +126,15 @@ def inputs(op: Op) -> list[int]:
 def fused(ops: list[Op]) -> list[Op]:
     """The same with sums and ReLUs taken on by what makes their input, where nothing else reads it.
 
-    What takes one on runs where that stood: all that it reads is made by then.
+    What takes one on runs where that stood: all that it reads is made by then. A ReLU that makes
+    the logits stays, for the loss does not cut their gradient.
     """
     readers = Counter(t for op in ops for t in inputs(op))
     done: list[Op] = []
     for op in ops:
-        taken = _taken_on(op, [made for made in done if readers[made.out] == 1])
+        is_last = readers[op.out] == 0
+        candidates = [] if is_last else [made for made in done if readers[made.out] == 1]
+        taken = _taken_on(op, candidates)
         if taken is not None:
             done.remove(taken[0])
         done.append(op if taken is None else taken[1])

@@ -10,6 +10,8 @@ from windfall.engines.sparse.layout import Layout, Sweep, sweep
 
 def _posted(k: Emitter, post: Post, value: Value, out: Pointer, gate: Pointer, place: int) -> None:
     """Store a value as `post` says."""
+    if post.part_gated:
+        value = k.select(gate.vector(place) <= 0.0, 0.0, value)
     if post.adds:
         value = value + out.vector(place)
     if post.relu:
@@ -38,6 +40,12 @@ def transfer(
         with tiles(k, places, *at) as (_, x, out, gate):
             for x_place, place in places.tile:
                 _posted(k, post, x.vector(x_place), out, gate, place)
+
+
+def clear(k: Emitter, layout: Layout, out: Pointer) -> None:
+    """All numbers become 0."""
+    with k.range(0, layout.size, LANES) as i:
+        out.put(i, k.zeros())
 
 
 # -- batch normalization ---------------------------------------------------------------------------
@@ -88,15 +96,15 @@ def moments(
 ) -> None:
     """The mean and 1 / sqrt(variance + eps) of each channel over the batch; running ones follow.
 
-    They are taken from the differences to the running mean, which is near the mean: the square of
-    the mean is then small against the variance, and little is lost in the one pass.
+    They are taken from the differences to the channel's first number: the square of their mean is
+    of the order of the variance, and little is lost in the one pass.
 
     Args:
         present: 1 in the lanes of samples, 0 in those that fill the last group.
     """
     places, number = static.places, static.number
     with k.range(0, static.x.channels) as c:
-        origin = running_means[c]
+        origin = k.lane((x + c * static.x.channel).vector(static.x.origin), 0)
         first, second = k.variable(k.zeros()), k.variable(k.zeros())
         with tiles(k, places, x + c * static.x.channel) as (group, here):
             differences = [here.vector(place) - origin for place, _ in places.tile]

@@ -5,7 +5,7 @@ which): `train` runs steps, `evaluate` sums losses and right answers over a part
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import llvmlite.binding as llvm
@@ -100,7 +100,9 @@ class Program:
             kernel, step = op.shape[2 + axis], op.stride[axis]
             reach, padding = op.dilation[axis] * (kernel - 1), op.padding[axis]
             last = (made[axis] - 1) * step + reach - padding
-            ahead = max(ahead, padding, last - (size[axis] - 1))
+            # a bias reads its ones where the output is, padded or not
+            furthest = max(last, (made[axis] - 1) * step) - (size[axis] - 1)
+            ahead = max(ahead, padding, furthest)
             for residue in range(min(step, size[axis])):
                 most = (size[axis] - 1 - residue) // step + (residue + padding) // step
                 least = (residue + padding - reach) // step
@@ -126,6 +128,12 @@ class Program:
     def wants(self, tensor: int) -> bool:
         """Whether a gradient for the tensor is needed."""
         return tensor in self.network.trained
+
+    @property
+    def sloped(self) -> set[int]:
+        """The tensors whose gradient is written, wanted or not."""
+        normalized = {op.x for op in self.network.ops if isinstance(op, Normalize)}
+        return set(self.network.trained) | normalized
 
     def norm(self, i: int) -> passes.Norm:
         """The normalization that is operation i."""
@@ -220,7 +228,7 @@ class _Writer:
         self.shared.clear()
         for i, op in enumerate(self.network.ops):
             self._forward(i, op)
-        self._loss(self.k.index(size))
+        self._loss(self.k.index(size), step * 2)
         for i, op in reversed(list(enumerate(self.network.ops))):
             self._backward(i, op)
 
@@ -237,7 +245,7 @@ class _Writer:
             self._gather(self.at("indices", I64) + first, count)
             for i, op in enumerate(self.network.ops):
                 self._forward(i, op)
-            self._loss(count)
+            self._loss(count, self.k.index(0))
 
     def _gather(self, indices: Pointer, count: Value) -> None:
         layout = self.layouts[INPUT]
@@ -248,13 +256,13 @@ class _Writer:
             self.at("shift"), self.value(INPUT), self.at("classes", I32),
         )  # fmt: skip
 
-    def _loss(self, count: Value) -> None:
+    def _loss(self, count: Value, place: Value) -> None:
         logits = self.network.ops[-1].out
         static = kernels.Softmax(
             self.layouts[logits].channels, self.layouts[logits], slopes=self.training
         )
         d = self.slope(logits) if self.training else self.value(logits)
-        totals = self.at("totals", REALS["float64"])
+        totals = self.at("totals", REALS["float64"]) + place
         self.call(
             kernels.softmax, static, self.value(logits), d, self.at("classes", I32), count, totals
         )
@@ -283,6 +291,8 @@ class _Writer:
                 self.call(kernel, self._pool(op, Post()), x, out)
 
     def _backward(self, i: int, op: Op) -> None:
+        if not self.program.wants(op.out):
+            return
         d = self.slope(op.out)
         if isinstance(op, Connect):
             self._connect_back(i, op, d)
@@ -299,19 +309,32 @@ class _Writer:
             case Add():
                 self._transfer(op.out, tensor, d, dx, post, value)
             case Relu():
-                self._transfer(op.out, tensor, d, dx, Post(gated=True, adds=post.adds), value)
+                self._transfer(op.out, tensor, d, dx, replace(post, part_gated=True), value)
             case Flatten():
                 flat, image = self.layouts[op.out], self.layouts[tensor]
                 view = unflattened(flat, image)
                 places = self._sweep(view, image, image)
                 static = places, view.channel, post
                 self.call(passes.transfer, static, d, dx, value, self.k.index(image.channels))
-            case MaxPool():
-                self.call(passes.largest_back, self._pool(op, post), d, value, dx)
-            case MeanPool():
-                self.call(passes.mean_back, self._pool(op, post), d, value, dx)
+            case MaxPool() | MeanPool():
+                self._pool_back(op, post, d, value, dx)
             case _:
                 raise AssertionError(op)
+
+    def _pool_back(
+        self, op: MaxPool | MeanPool, post: Post, d: Pointer, value: Pointer, dx: Pointer
+    ) -> None:
+        kernel = passes.largest_back if isinstance(op, MaxPool) else passes.mean_back
+        whole, out = self.layouts[op.x], self.layouts[op.out]
+        pooled = out.height * op.size[0], out.width * op.size[1]
+        if pooled == (whole.height, whole.width):
+            self.call(kernel, self._pool(op, post), d, value, dx)
+            return
+        if not post.adds:  # for the places that no square holds
+            self.call(passes.clear, whole, dx)
+        self.call(kernel, self._pool(op, Post(adds=True)), d, value, dx)
+        if post.gated:
+            self._transfer(op.x, op.x, dx, dx, Post(gated=True), value)
 
     def _sweep(self, x: Layout | View, out: Layout | View, image: Layout) -> Sweep:
         return sweep(x, out, (image.height, image.width), most=self.program.most)
@@ -388,7 +411,8 @@ class _Writer:
     def _normalize_back(self, i: int, op: Normalize, d: Pointer) -> None:
         if op.other is not None and self.program.wants(op.other):
             self._share(op, op.other, d)
-        norm, dx = (self.program.norm(i), self.into(op.x)), self.slope(op.x)
+        post = self.into(op.x) if self.program.wants(op.x) else Post()
+        norm, dx = (self.program.norm(i), post), self.slope(op.x)
         slopes = self.at(f"g{i}.weight"), self.at(f"g{i}.bias")
         self.call(
             passes.normalize_back, norm, d, self.value(op.x), dx, self.at("present"),

@@ -70,7 +70,7 @@ class _Memory:
         self.real = np.dtype(program.dtype)
         for tensor, layout in program.layouts.items():
             self.arrays[f"x{tensor}"] = self._ones(layout)
-            if program.wants(tensor):
+            if tensor in program.sloped:
                 self.arrays[f"d{tensor}"] = aligned(layout.size, self.real)
         for i, op in enumerate(program.network.ops):
             if isinstance(op, Connect):
@@ -78,7 +78,7 @@ class _Memory:
             elif isinstance(op, Normalize):
                 self._normalize(i, op, state)
         self.arrays["classes"] = aligned(program.width, np.int32)
-        self.arrays["totals"] = aligned(2, np.float64)
+        self.arrays["totals"] = aligned(2 * contract.AHEAD, np.float64)
         self.arrays["rates"] = aligned(2, np.float64)
         self.arrays["present"] = aligned(program.width, self.real)
         self.arrays["present"][: program.batch_size] = 1
@@ -150,14 +150,18 @@ class _Memory:
             made[name] = torch.from_numpy(whole).reshape(param.shape)
         return made
 
-    def run(self, entry: str, count: int, **others: Array) -> tuple[float, float]:
-        """Run an entry point of the program with some buffers replaced: its two totals."""
+    def run(self, entry: str, count: int, **others: Array) -> Array:
+        """Run an entry point of the program with some buffers replaced.
+
+        Returns:
+            sums of losses and right answers, [step, 2]; of an evaluation in the first row.
+        """
         arrays = self.arrays | others  # alive while the program reads them
         table = np.array([arrays[n].ctypes.data for n in self.program.compiled.places], np.int64)
         totals = arrays["totals"]
         totals[:] = 0
         getattr(self.program.compiled, entry)(table.ctypes.data, count)
-        return float(totals[0]), float(totals[1])
+        return totals.reshape(-1, 2)
 
 
 class _Source:
@@ -179,6 +183,7 @@ class _Training:
         self.task, self.recipe, self.given = task, task.recipe, state
         network = graph.read(task.network, task.data.input_shape)
         self.program = compiled_program(network, task)
+        _check(self.program, state)
         self.memory = _Memory(self.program, state)
         self.memory.load("w", state.params)
         self._load_optimizer(state)
@@ -227,7 +232,11 @@ class _Training:
 
     def state(self) -> State:
         like = dict(self.given.params)
-        buffers = {name: tensor.clone() for name, tensor in self.given.buffers.items()}
+        real = self.recipe.torch_dtype
+        buffers = {
+            name: tensor.to(real if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in self.given.buffers.items()
+        }
         done = self.step - self.given.step
         for i, op in enumerate(self.program.network.ops):
             if isinstance(op, Normalize):
@@ -273,8 +282,9 @@ class _Training:
         indices = np.ascontiguousarray(self.drawn[at : at + num])
         source, indices = self._augmented(indices)
         rates = np.array([self._rate(self.step + i, self.updates + i + 1) for i in range(num)])
-        loss, _ = self.memory.run("train", num, rates=rates, **source.arrays(indices))
-        self.losses += loss / self.program.batch_size
+        totals = self.memory.run("train", num, rates=rates, **source.arrays(indices))
+        for loss in totals[:num, 0]:  # one by one: the sum does not depend on where a burst ends
+            self.losses += float(loss) / self.program.batch_size
         self.step, self.updates = stop, self.updates + num
         if self.step == self.first + len(self.drawn):
             self.drawn, self.first = next(self.batches), self.step
@@ -313,13 +323,29 @@ class _Training:
         looks: list[tuple[float, float]] = []
         for source in self.looks:
             num = len(source.labels)
-            loss, right = self.memory.run("evaluate", num, **source.arrays(np.arange(num)))
-            looks.append((loss / num, right / num))
+            totals = self.memory.run("evaluate", num, **source.arrays(np.arange(num)))
+            looks.append((float(totals[0, 0]) / num, int(totals[0, 1]) / num))
         losses = torch.tensor(self.losses, dtype=torch.float64)
         now = State(self.step, {}, {}, losses=losses, evaluations=self.evaluations)
         self.evaluations.append(contract.evaluation(now, looks[0], looks[1]))
         self.losses = 0.0
         self.diverged = not self.evaluations[-1].is_finite
+
+
+def _check(program: Program, state: State) -> None:
+    """Refuse what no list of entries and no batch of one can do."""
+    connects = [op for op in program.network.ops if isinstance(op, Connect)]
+    for name in set(state.masks) - {f"{op.name}.weight" for op in connects}:
+        raise Unsupported(
+            f"`state` must have masks of weights of layers alone for the sparse engine; got one of "
+            f"`{name}`. Use separate."
+        )
+    for i, op in enumerate(program.network.ops):
+        if isinstance(op, Normalize) and program.norm(i).number == 1:
+            raise Unsupported(
+                f"`recipe.batch_size` must give `{op.name}` more than 1 number a channel to "
+                "normalize; got 1."
+            )
 
 
 def _feature_places(layout: Layout, shape: tuple[int, ...]) -> Array:
@@ -343,6 +369,12 @@ def compiled_program(network: Network, task: Task) -> Program:
         raise Unsupported(f"`data` must be bytes or floats for the sparse engine; got {stored}.")
     recipe = task.recipe
     made = Program(network, recipe.batch_size, recipe.dtype, stored, rule(recipe))
+    largest = max(layout.channel * (layout.channels + 1) for layout in made.layouts.values())
+    if largest > np.iinfo(np.int32).max:
+        raise Unsupported(
+            f"`recipe.batch_size` must let a group of samples of every layer have at most 2^31 - 1 "
+            f"numbers in the sparse engine; got {largest:,}. Use auto or separate."
+        )
     return _programs.setdefault(str(made), made)
 
 
