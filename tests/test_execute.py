@@ -14,7 +14,7 @@ import pytest
 import small
 from typer.testing import CliRunner
 
-from windfall import cli, data, store, worker
+from windfall import cli, data, states, worker
 from windfall import execute as executor
 from windfall.execute import Interrupted, execute
 from windfall.schedule import Outcome, Progress
@@ -385,7 +385,7 @@ def test_a_failure_in_this_process_is_a_result_too(lab, monkeypatch):
 
 @pytest.mark.usefixtures("library")
 def test_a_full_disk_ends_the_study_and_keeps_what_was_finished(lab, tmp_path, monkeypatch):
-    of, real, calls = here(), store.write_whole, itertools.count()
+    of, real, calls = here(), states.write_whole, itertools.count()
     small.trained(of, tmp_path / "unbroken").close()
 
     def write(path: Path, content: bytes) -> None:
@@ -394,7 +394,7 @@ def test_a_full_disk_ends_the_study_and_keeps_what_was_finished(lab, tmp_path, m
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_whole", write)
+        patch.setattr(states, "write_whole", write)
         with pytest.raises(
             OSError, match=r"no space is left in .*; 4 runs are not trained"
         ) as full:

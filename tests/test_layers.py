@@ -14,8 +14,9 @@ LAYERS = {
     "ground": "spec, seeds",
     "mathematics": "masks, initialize, models, flops, criteria, selection, prune",
     "laboratory": "files, samples, batches, data, train, runs, probes, engines, tickets, arms",
-    "studies": "stats, study, store, worker, schedule, execute",
-    "outside": "costs, words, findings, tables, plots, page, display, bench, verbs, cli",
+    "studies": "stats, study, states, store, worker, service, schedule, execute",
+    "outside": "workload, trials, pace, costs, words, findings, tables, plots, page, display, "
+    "bench, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

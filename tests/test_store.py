@@ -20,7 +20,7 @@ import small
 import torch
 
 import windfall
-from windfall import data, store
+from windfall import data, states, store
 from windfall.spec import SpecError, canonical, digest
 from windfall.store import Lab, Record, write_whole
 from windfall.train import Evaluation, State
@@ -206,7 +206,7 @@ def test_a_run_is_finished_whole_or_not_at_all(step, lab, monkeypatch):
             fail_at("rename", patch)
         elif step == "checkpoint":
             fail_at("rename", patch)
-            patch.setattr(store, "_write_tensors", lambda *_: None)
+            patch.setattr(states, "write_tensors", lambda *_: None)
             patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "")))
         else:
             patch.setattr(Lab, "_writing", torn)
@@ -220,6 +220,66 @@ def test_a_run_is_finished_whole_or_not_at_all(step, lab, monkeypatch):
     assert again.record(record().address) == record()
     assert again.weights(record().address).step == 10
     again.close()
+
+
+@pytest.mark.parametrize("step", ["second weights", "second row"])
+def test_runs_trained_together_are_finished_all_or_none(step, lab, monkeypatch):
+    stack = [record(seed).address for seed in range(3)]
+    finished = [(record(seed, stack=stack), state(seed)) for seed in range(3)]
+    lab.save_checkpoints(stack[0], [state(seed) for seed in range(3)], {"stack": stack})
+    lab.fail(stack[1], "bad luck")
+    real, calls = states.write_tensors, []
+
+    def write(path: Path, *arguments: object) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, *arguments)
+
+    if step == "second weights":
+        monkeypatch.setattr(states, "write_tensors", write)
+    else:
+        lab._database.execute(
+            "CREATE TEMP TRIGGER once BEFORE INSERT ON main.runs WHEN (SELECT COUNT(*) FROM runs)"
+            " BEGIN SELECT RAISE(ABORT, 'bad luck'); END"
+        )
+    with pytest.raises((OSError, sqlite3.IntegrityError)):
+        lab.finish_all(finished)
+    again = Lab(lab.folder)
+    assert again.records(stack) == {}
+    assert again.failures(stack) == {stack[1]: "bad luck"}
+    assert len(again.checkpoints(stack[0])[0]) == 3
+    monkeypatch.undo()
+    again.finish_all(finished)
+    assert again.records(stack) == dict(zip(stack, [each for each, _ in finished], strict=True))
+    assert {each.unit for each in again.records(stack).values()} == {tuple(stack)}
+    assert again.failures(stack) == {}
+    assert list((lab.folder / "checkpoints").iterdir()) == []
+    again.close()
+
+
+def test_a_run_of_an_older_lab_was_trained_alone(lab):
+    lab.finish(record(), state())
+    (facts,) = lab._database.execute("SELECT facts FROM runs").fetchone()
+    assert json.loads(facts).keys() == {"step", "diverged", "evaluations", "snapshots"}
+    assert lab.record(record().address).unit == (record().address,)
+
+
+def test_the_checkpoint_of_a_stack_comes_back_bit_for_bit_in_order(lab):
+    together = [state(seed, losses=(2.5, NAN) if seed == 1 else (2.5, 1.0)) for seed in range(12)]
+    for seed, each in enumerate(together):
+        each.step = seed
+        each.snapshots = {3: state(100 + seed)}
+        each.snapshots[3].step, each.snapshots[3].evaluations = 3, []
+    lab.save_checkpoints("a" * 64, together, {"keep": [3]})
+    found, facts = lab.checkpoints("a" * 64)
+    assert facts == {"keep": [3]}
+    assert [each.step for each in found] == list(range(12))
+    for one, other in zip(found, together, strict=True):
+        assert same_tensors(one, other)
+        assert repr(one.evaluations) == repr(other.evaluations)
+    first, _ = lab.checkpoint("a" * 64)
+    assert same_tensors(first, together[0])
 
 
 def test_a_diverged_run_comes_back_with_its_losses(lab):
@@ -377,6 +437,21 @@ def test_a_lock_has_one_holder_and_is_freed_by_an_error(lab):
     with other.locked("a" * 64) as theirs:
         assert theirs
     assert list((lab.folder / "locks").iterdir()) == []
+    other.close()
+
+
+def test_the_locks_of_several_runs_are_held_all_or_none(lab):
+    other, names = Lab(lab.folder), [letter * 64 for letter in "bac"]
+    with lab.locked(names[2]), other.locked(*names) as theirs:
+        assert not theirs
+    assert small.held(lab.folder) == []
+    with lab.locked(*names) as mine:
+        assert mine
+        assert sorted(small.held(lab.folder)) == sorted(names)
+        for name in names:
+            with other.locked(name) as theirs:
+                assert not theirs
+    assert small.held(lab.folder) == []
     other.close()
 
 

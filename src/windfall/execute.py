@@ -1,8 +1,9 @@
 """The executor: trains what a graph of runs still lacks, on local worker processes.
 
 It knows processes and nothing of pruning. Every run goes to a worker as soon as its parent is
-stored, the longest chain first. A worker that dies costs one retry of its run; then the run has
-failed, with its reason, and so have its descendants, and all others go on.
+stored, the longest chain first; runs that are one program go together. A worker that dies costs one
+retry of its runs; then they have failed, with the reason, and so have their descendants, and all
+others go on.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from windfall.models import is_importable
-from windfall.schedule import Outcome, Progress, Queue, engines
+from windfall.schedule import Outcome, Progress, Queue, Unit, engines
 from windfall.spec import Json, SpecError, canonical
 from windfall.store import Lab
 from windfall.study import Graph
@@ -34,7 +35,7 @@ BUSY_SECONDS = 0.5  # between two looks at a run that another process is trainin
 # A worker finds modules where its caller does, so that it builds the same user's network.
 _SERVE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1));"
-    " from windfall.worker import main; main()"
+    " from windfall.service import main; main()"
 )
 
 
@@ -79,7 +80,7 @@ def _sigint_blocked() -> Generator[None]:
 
 
 class _Worker:
-    """A worker process and the run it is at."""
+    """A worker process and the runs it is at."""
 
     def __init__(self, lab: Lab, device: str) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -96,7 +97,7 @@ class _Worker:
         os.set_blocking(self.stdout.fileno(), False)
         self.partial = b""
         self.is_ready = False
-        self.address: str | None = None
+        self.unit: Unit = ()
         self.step = 0
 
     def send(self, message: Json) -> None:
@@ -159,17 +160,17 @@ class _Pool:
         return self.queue.conclude()
 
     def _is_active(self) -> bool:
-        return any(worker.address is not None for worker in self.workers)
+        return any(worker.unit for worker in self.workers)
 
     def _assign(self) -> None:
-        idle = [worker for worker in self.workers if worker.address is None]
+        idle = [worker for worker in self.workers if not worker.unit]
         while self.queue.waiting and (idle or len(self.workers) < self.num):
-            address = self.queue.take()
-            if address is None:
+            unit = self.queue.take()
+            if not unit:
                 return
             worker = idle.pop() if idle else self._hire()
-            worker.address, worker.step = address, self.queue.runs[address].clock[0]
-            worker.send(self.queue.job(address, self.checkpoint_seconds).to_json())
+            worker.unit, worker.step = unit, self.queue.runs[unit[0]].clock[0]
+            worker.send(self.queue.job(unit, self.checkpoint_seconds).to_json())
 
     def _hire(self) -> _Worker:
         worker = _Worker(self.queue.lab, self.device)
@@ -190,35 +191,43 @@ class _Pool:
 
     def _hear(self, worker: _Worker, event: Json) -> None:
         worker.is_ready = True
-        if event["event"] == "step":
-            worker.step = event["step"]
-        if event["event"] != "end" or worker.address is None:
-            return
-        address, worker.address = worker.address, None
-        if event["result"] == "busy":
-            self.queue.put_back(address, wait_seconds=BUSY_SECONDS)
-        else:
-            self.queue.settle(address, event["result"], event["reason"] or "")
-            self.settled += self.queue.work(address)
+        match event["event"]:
+            case "step":  # halves of a stack are at different steps
+                worker.step = max(worker.step, event["step"])
+            case "note":
+                self.progress.tell(event["text"])
+            case "lost":
+                self.queue.settle((event["address"],), "failed", event["reason"])
+            case "end":
+                self._end(worker, event["result"], event["reason"] or "")
+            case _:
+                pass
+
+    def _end(self, worker: _Worker, result: str, reason: str) -> None:
+        unit, worker.unit = worker.unit, ()
+        if result == "busy":
+            self.queue.put_back(unit, wait_seconds=BUSY_SECONDS)
+        elif unit:
+            self.queue.settle(unit, result, reason)
+            self.settled += self.queue.work(unit)
 
     def _bury(self, worker: _Worker) -> None:
         self.selector.unregister(worker.stdout)
         self.workers.remove(worker)
-        reason, address = worker.end(), worker.address
-        if address is None:
+        reason, unit = worker.end(), worker.unit
+        if not unit:
             return
-        self.queue.deaths[address] += 1
-        if self.queue.deaths[address] > RETRIES:
-            self.queue.settle(address, "failed", reason)
-            self.settled += self.queue.work(address)
+        self.queue.deaths[unit] += 1
+        if self.queue.deaths[unit] > RETRIES:
+            self.queue.settle(unit, "failed", reason)
+            self.settled += self.queue.work(unit)
         else:
-            self.progress.message = f"run {address[:12]}: {reason}; it is tried once more"
-            self.queue.put_back(address)
+            self.progress.tell(f"{_named(unit)}: {reason}; it is tried once more")
+            self.queue.put_back(unit)
 
     def _report(self) -> None:
-        active = [w for w in self.workers if w.address is not None]
-        firsts = {w: self.queue.runs[w.address].clock[0] for w in active if w.address}
-        self.progress.worked = self.settled + sum(w.step - first for w, first in firsts.items())
+        going = sum(self.queue.worked(worker.unit, worker.step) for worker in self.workers)
+        self.progress.worked = self.settled + going
         self.progress.finished = len(self.queue.done)
         self.progress.seconds = time.monotonic() - self.begun
         self.watch(self.progress)
@@ -232,6 +241,12 @@ class _Pool:
         limit = time.monotonic() + GRACE_SECONDS
         while self.workers and time.monotonic() < limit:
             self._listen(0.2)
+
+
+def _named(unit: Unit) -> str:
+    first, *others = unit
+    among = f" (in a stack of {len(unit)})" if others else ""
+    return f"run {first[:12]}{among}"
 
 
 @contextlib.contextmanager
@@ -262,35 +277,39 @@ def _in_process(
     progress.message = "the network cannot be imported by name: it trains in this process alone"
 
     def report(worked: int) -> None:
-        progress.worked, progress.finished = worked, len(queue.done)
+        progress.worked = max(progress.worked, worked)  # halves of a stack go back a while
+        progress.finished = len(queue.done)
         progress.seconds = time.monotonic() - begun
         watch(progress)
         progress.message = None
 
+    def lose(address: str, problem: Exception) -> None:
+        queue.settle((address,), "failed", ended(problem)[1])
+
     settled = 0
     while queue.waiting and not stopping.is_set():
         report(settled)
-        address = queue.take()
-        if address is None:
+        unit = queue.take()
+        if not unit:
             time.sleep(0.2)
             continue
-        before = settled - queue.runs[address].clock[0]
 
-        def pulse(step: int, before: int = before) -> bool:
-            report(before + step)
+        def pulse(step: int, before: int = settled, unit: Unit = unit) -> bool:
+            report(before + queue.worked(unit, step))
             return stopping.is_set()
 
+        job, reason = queue.job(unit, seconds), ""
         try:
-            result, reason = workshop.perform(queue.job(address, seconds), pulse), ""
+            result = workshop.perform(job, pulse, progress.tell, lose)
         except Stopped:
             break
         except Exception as problem:  # a run's failure is a result
             result, reason = ended(problem)
         if result == "busy":
-            queue.put_back(address, wait_seconds=BUSY_SECONDS)
+            queue.put_back(unit, wait_seconds=BUSY_SECONDS)
         else:
-            queue.settle(address, result, reason)
-            settled += queue.work(address)
+            queue.settle(unit, result, reason)
+            settled += queue.work(unit)
     if stopping.is_set():
         raise Interrupted
     report(settled)
@@ -324,9 +343,9 @@ def execute(
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     chosen = pick_device(device)
-    engines(graph, chosen)  # an engine asked for by name must be one that can
+    which = engines(graph, chosen)  # an engine asked for by name must be one that can
     with _interruptible() as stopping:
-        queue = Queue(graph, lab)
+        queue = Queue(graph, lab, which)
         if not is_importable(graph.study.model):
             return _in_process(queue, chosen, checkpoint_seconds, watch, stopping)
         lab.keep_data(graph.study.data)

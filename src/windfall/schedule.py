@@ -4,6 +4,7 @@ import contextlib
 import errno
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from windfall import seeds
@@ -12,6 +13,8 @@ from windfall.runs import Pruned
 from windfall.store import Lab
 from windfall.study import Graph
 from windfall.worker import Job
+
+Unit = tuple[str, ...]
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Progress:
         work: of all runs that had to be trained, in steps.
         worked: of it, done.
         seconds: since the beginning.
-        message: something to tell the user once, or None.
+        message: something to tell the user once, a line or several, or None.
     """
 
     total: int
@@ -33,6 +36,10 @@ class Progress:
     worked: int = 0
     seconds: float = 0.0
     message: str | None = None
+
+    def tell(self, message: str) -> None:
+        """Add something to tell the user once."""
+        self.message = message if self.message is None else f"{self.message}\n{message}"
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -74,17 +81,46 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
     return found
 
 
-class Queue:
-    """Which runs are to be done, which are ready, in what order, and what came of the rest."""
+def _nodes(graph: Graph, engines: Mapping[str, Choice]) -> dict[str, Unit]:
+    """The runs that are trained together with each, itself included, if none is stored.
 
-    def __init__(self, graph: Graph, lab: Lab) -> None:
+    Every seed has the same runs in the same order, so each has one of every node.
+    """
+    addresses = list(graph.runs)
+    size = len(addresses) // graph.study.num_seeds
+    assert size * graph.study.num_seeds == len(addresses)
+    nodes = {address: (address,) for address in addresses}
+    for place in range(size):
+        node = tuple(addresses[place::size])
+        choice = engines.get(node[0])
+        if choice is not None and choice.engine == "stacked":
+            nodes |= dict.fromkeys(node, node)
+    return nodes
+
+
+class Queue:
+    """Which runs are to be done, which are ready, in what order, and what came of the rest.
+
+    It hands out units: runs that are trained together, as one program. Where the engine is the
+    stacked one these are the runs of a node, one of every seed, that are not stored; a stored run
+    that lacks something goes with those it was trained with. Any other run is a unit of its own.
+
+    Args:
+        graph: whose runs are to be done.
+        lab: where they are kept.
+        engines: of the runs, by address; a run that is not named is trained alone.
+    """
+
+    def __init__(self, graph: Graph, lab: Lab, engines: Mapping[str, Choice] | None = None) -> None:
         self.graph, self.lab, self.runs = graph, lab, graph.runs
         self.stored = lab.records(graph.runs)
         self.done = {a for a, r in self.stored.items() if lab.holds(r, graph.keep[a])}
         self.outcome = Outcome(reused=len(self.stored))
         self.waiting = [address for address in graph.runs if address not in self.done]
         self.is_full = False
-        self.deaths = Counter[str]()
+        self.deaths = Counter[Unit]()
+        self.together = _nodes(graph, engines or {})
+        self.together |= {address: record.unit for address, record in self.stored.items()}
         self.busy_until: dict[str, float] = {}
         height = dict.fromkeys(graph.runs, 0)
         for address in reversed(graph.runs):
@@ -95,46 +131,78 @@ class Queue:
 
     def progress(self) -> Progress:
         """How far it is at the beginning."""
-        return Progress(len(self.runs), len(self.done), sum(map(self.work, self.waiting)))
+        return Progress(len(self.runs), len(self.done), self.work(self.waiting))
 
-    def job(self, address: str, checkpoint_seconds: float) -> Job:
-        """What is asked of the worker that gets the run."""
-        keep, engine = self.graph.keep[address], self.graph.study.engine
-        return Job(self.runs[address], address, keep, checkpoint_seconds, engine)
+    def job(self, unit: Unit, checkpoint_seconds: float) -> Job:
+        """What is asked of the worker that gets the unit."""
+        first, *others = unit
+        keep = frozenset[int]().union(*(self.graph.keep[address] for address in unit))
+        companions = {address: self.runs[address] for address in others}
+        engine = self.graph.study.engine
+        return Job(self.runs[first], first, keep, checkpoint_seconds, engine, companions)
 
-    def work(self, address: str) -> int:
-        """Its number of steps."""
-        first, last = self.runs[address].clock
-        return last - first
+    def work(self, addresses: Iterable[str]) -> int:
+        """Their number of steps."""
+        clocks = [self.runs[address].clock for address in addresses]
+        return sum(last - first for first, last in clocks)
 
-    def take(self) -> str | None:
-        """The next run that can be trained now."""
+    def worked(self, unit: Unit, step: int) -> int:
+        """The number of steps that runs trained together have done at a step."""
+        return sum(step - self.runs[address].clock[0] for address in unit)
+
+    def take(self) -> Unit:
+        """The next runs that can be trained now, together; none if there are none."""
         clock = time.monotonic()
-        for address in self.waiting:
+
+        def is_ready(address: str) -> bool:
             parent = self.runs[address].parent
-            if (parent is None or parent in self.done) and self.busy_until.get(address, 0) <= clock:
-                self.waiting.remove(address)
-                return address
-        return None
+            is_next = parent is None or parent in self.done
+            return is_next and self.busy_until.get(address, 0) <= clock
 
-    def put_back(self, address: str, wait_seconds: float = 0.0) -> None:
-        """A run that was taken is to be taken again, not before a time."""
-        self.busy_until[address] = time.monotonic() + wait_seconds
-        self.waiting.insert(0, address)
+        for address in self.waiting:
+            unit = self._unit(address) if is_ready(address) else ()
+            if unit and all(map(is_ready, unit)):
+                self.waiting = [other for other in self.waiting if other not in unit]
+                return unit
+        return ()
 
-    def settle(self, address: str, result: str, reason: str = "") -> None:
-        """Take in how a run ended: `trained`, `reused`, `failed`, or `full` (the disk)."""
-        if result in ("trained", "reused"):
-            self.done.add(address)
-            self.outcome.trained += result == "trained"
-            self.outcome.reused += result == "reused" and address not in self.stored
-            return
-        self._fail(address, reason)
+    def _unit(self, address: str) -> Unit:
+        """The waiting runs that are trained together with this one, itself included, in order."""
+        together = self.together[address]
+        waiting = {other for other in self.waiting if self.together[other] == together}
+        return tuple(other for other in together if other in waiting)
+
+    def put_back(self, unit: Unit, wait_seconds: float = 0.0) -> None:
+        """Runs that were taken are to be taken again, not before a time.
+
+        Those that another process has stored meanwhile leave the others.
+        """
+        again = [address for address in unit if address not in self.outcome.failures]
+        self.busy_until |= dict.fromkeys(again, time.monotonic() + wait_seconds)
+        self.together |= {a: record.unit for a, record in self.lab.records(again).items()}
+        self.waiting[:0] = again
+
+    def settle(self, unit: Unit, result: str, reason: str = "") -> None:
+        """Take in how runs ended: `trained`, `reused`, `failed`, or `full` (the disk).
+
+        One of them that has failed before the others ended has failed.
+        """
+        for address in unit:
+            if address not in self.outcome.failures:
+                self._settle(address, result, reason)
         if result == "full":
             self.is_full = True
             for other in self.waiting:
                 self.outcome.failures[other] = "not trained: no space is left where the lab is"
             self.waiting.clear()
+
+    def _settle(self, address: str, result: str, reason: str) -> None:
+        if result in ("trained", "reused"):
+            self.done.add(address)
+            self.outcome.trained += result == "trained"
+            self.outcome.reused += result == "reused" and address not in self.stored
+        else:
+            self._fail(address, reason)
 
     def _fail(self, address: str, reason: str) -> None:
         """A run failed: so have all that descend from it."""

@@ -6,9 +6,10 @@
     lab/checkpoints/ADDRESS.safetensors  runs that were stopped
     lab/locks/ADDRESS                  held by whoever trains the run; freed by the kernel
 
-A run is finished when its row exists; its weights were written, whole, before. What is being
-written has the ending `.part` and is never read. Nothing that is read runs code. Two processes may
-use one lab.
+A run is finished when its row exists; its weights were written, whole, before. Runs trained
+together have one checkpoint, under the address of the first, and their rows appear at once. What is
+being written has the ending `.part` and is never read. Nothing that is read runs code. Two
+processes may use one lab.
 """
 
 import contextlib
@@ -18,20 +19,18 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
-
 from windfall import data as datasets
+from windfall import states
 from windfall.data import Data, Tensors
-from windfall.masks import Masks, Params
+from windfall.masks import Masks
 from windfall.spec import Json, SpecError, canonical, digest
+from windfall.states import write_whole
 from windfall.train import Evaluation, State
 
 FORMAT = 1
@@ -60,10 +59,12 @@ class Record:
         evaluations: in order of steps.
         snapshots: steps at which it kept a snapshot.
         kept: number of prunable weights kept; -1 for a dense run.
-        seconds: of training, evaluation included.
+        seconds: of training, evaluation included; of runs trained together, an equal share each.
         engine: that trained it, and the device.
         versions: of windfall, torch and numpy.
         created: time of its end, ISO 8601, UTC.
+        stack: addresses of the runs trained as one program, itself included, in their order in it;
+            empty when it was trained alone.
     """
 
     address: str
@@ -76,52 +77,17 @@ class Record:
     engine: str
     versions: dict[str, str]
     created: str
+    stack: list[str] = field(default_factory=list[str])
+
+    @property
+    def unit(self) -> tuple[str, ...]:
+        """The runs that must be trained for this one to come out bit for bit, in order."""
+        return tuple(self.stack) or (self.address,)
 
 
 def now() -> str:
     """The time, ISO 8601, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash.
-
-    Several processes may write one file at once: the last one's stays.
-    """
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk it would keep what space is left
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_tensors(path: Path, tensors: Params, facts: Json) -> None:
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, safetensors.torch.save(own, {"facts": canonical(facts)}))
-
-
-def _read_tensors(path: Path, prefix: str = "") -> tuple[Params, Json]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            # a clone lies aligned in memory, which the mapped file may not, and bits depend on it
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in names}
-            return tensors, json.loads(file.metadata()["facts"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as problem:
-        raise SpecError(
-            f"{path} must be a safetensors file that windfall wrote; got {problem}. Delete it, and"
-            " the study's next run makes it again."
-        ) from None
 
 
 class Lab:
@@ -246,51 +212,58 @@ class Lab:
 
     def finish(self, record: Record, state: State) -> None:
         """Keep a finished run: its weights first, then its row."""
-        assert digest(record.spec) == record.address
-        final = State(
-            state.step, state.params, state.buffers, state.masks, snapshots=state.snapshots
-        )
-        facts = {"step": state.step, "diverged": state.diverged, "evaluations": []}
-        _write_tensors(self._weights(record.address), final.tensors(), facts)
-        row = (
-            record.address,
-            canonical(record.spec),
-            record.status,
-            canonical({**_finite(state.facts()), "snapshots": record.snapshots}),
-            record.kept,
-            record.seconds,
-            record.engine,
-            canonical(record.versions),
-            record.created,
-        )
+        self.finish_all([(record, state)])
+
+    def finish_all(self, finished: Sequence[tuple[Record, State]]) -> None:
+        """Keep runs that were finished together, all or none: their weights first, then the rows.
+
+        Their checkpoint goes, and any that one of them had alone.
+        """
+        for record, state in finished:
+            assert digest(record.spec) == record.address
+            final = State(
+                state.step, state.params, state.buffers, state.masks, snapshots=state.snapshots
+            )
+            facts = {"step": state.step, "diverged": state.diverged, "evaluations": []}
+            states.write_tensors(self._weights(record.address), final.tensors(), facts)
+        rows = [_row(record, state) for record, state in finished]
         with self._writing() as database:
-            database.execute("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", row)
-            database.execute("DELETE FROM failures WHERE address = ?", (record.address,))
-        self._checkpoint(record.address).unlink(missing_ok=True)
+            database.executemany("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", rows)
+            database.executemany(
+                "DELETE FROM failures WHERE address = ?", [row[:1] for row in rows]
+            )
+        for record, _ in finished:
+            for address in {record.address, record.unit[0]}:
+                self._checkpoint(address).unlink(missing_ok=True)
 
     def weights(self, address: str) -> State:
         """The final state of a finished run: parameters, buffers, masks, snapshots."""
-        return _restored(self._weights(address))[0]
+        return states.read(self._weights(address))[0][0]
 
     def masks(self, address: str) -> Masks:
         """The masks of a finished run, without reading the rest of its file."""
-        tensors, _ = _read_tensors(self._weights(address), "masks/")
+        tensors, _ = states.read_tensors(self._weights(address), "masks/")
         return {name.removeprefix("masks/"): mask for name, mask in tensors.items()}
 
     # ---- checkpoints ----
 
     def save_checkpoint(self, address: str, state: State, facts: Json) -> None:
         """Keep the state of a run in training; `facts` is given back with it."""
-        document = {**_finite(state.facts()), "extra": facts}
-        _write_tensors(self._checkpoint(address), state.tensors(), document)
+        self.save_checkpoints(address, [state], facts)
+
+    def save_checkpoints(self, first: str, together: Sequence[State], facts: Json) -> None:
+        """Keep the states of runs trained together, in one file under the address of the first."""
+        states.write(self._checkpoint(first), together, facts)
 
     def checkpoint(self, address: str) -> tuple[State, Json] | None:
         """The last checkpoint of an unfinished run, or None."""
-        path = self._checkpoint(address)
-        if not path.exists():
-            return None
-        state, facts = _restored(path)
-        return state, facts["extra"]
+        found = self.checkpoints(address)
+        return found and (found[0][0], found[1])
+
+    def checkpoints(self, first: str) -> tuple[list[State], Json] | None:
+        """The last checkpoint of runs trained together, by the first one's address, or None."""
+        path = self._checkpoint(first)
+        return states.read(path) if path.exists() else None
 
     # ---- failures and studies ----
 
@@ -334,13 +307,13 @@ class Lab:
                 if part is not None
                 for kind in ("inputs", "labels")
             }
-            _write_tensors(path, tensors, {})
+            states.write_tensors(path, tensors, {})
 
     def lend_data(self, data: Data) -> None:
         """Give this process the tensors that `keep_data` kept, if the data is such and they are."""
         path = self._tensors(data)
         if path is not None and path.exists():
-            kept, _ = _read_tensors(path)
+            kept, _ = states.read_tensors(path)
             test = (kept["test/inputs"], kept["test/labels"]) if "test/inputs" in kept else None
             train = (kept["train/inputs"], kept["train/labels"])
             datasets.tensors(*train, test, num_classes=getattr(data, "num_classes", None))
@@ -352,8 +325,14 @@ class Lab:
     # ---- locks and files ----
 
     @contextlib.contextmanager
-    def locked(self, address: str) -> Generator[bool]:
-        """Hold a run's lock; yields False at once when another process holds it."""
+    def locked(self, *addresses: str) -> Generator[bool]:
+        """Hold the locks of runs; yields False at once when another process holds one of them."""
+        with contextlib.ExitStack() as held:
+            # in one order everywhere: of two who ask for the same, one gets them
+            yield all(held.enter_context(self._locked(address)) for address in sorted(addresses))
+
+    @contextlib.contextmanager
+    def _locked(self, address: str) -> Generator[bool]:
         path = self.folder / "locks" / address
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -405,39 +384,26 @@ def _is_full(problem: sqlite3.Error) -> bool:
     return problem.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
 
 
-def _restored(path: Path) -> tuple[State, Json]:
-    tensors, facts = _read_tensors(path)
-    try:
-        return State.restored(tensors, _infinite(facts)), facts
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise SpecError(
-            f"{path} must hold a network's state; got {problem!r}. Delete it, and the study's next"
-            " run makes it again."
-        ) from None
-
-
-def _finite(facts: Json) -> Json:
-    """Losses that are not finite as strings: the lab's JSON knows no NaN."""
-
-    def safe(value: Any) -> Any:
-        is_odd = isinstance(value, float) and value - value != 0
-        return repr(value) if is_odd else value
-
-    looks = [{key: safe(v) for key, v in look.items()} for look in facts["evaluations"]]
-    return {**facts, "evaluations": looks}
-
-
-def _infinite(facts: Json) -> Json:
-    looks = [
-        {key: float(v) if isinstance(v, str) else v for key, v in look.items()}
-        for look in facts["evaluations"]
-    ]
-    return {**facts, "evaluations": looks}
+def _row(record: Record, state: State) -> tuple[Any, ...]:
+    facts = {**states.finite(state.facts()), "snapshots": record.snapshots}
+    if record.stack:
+        facts["stack"] = record.stack
+    return (
+        record.address,
+        canonical(record.spec),
+        record.status,
+        canonical(facts),
+        record.kept,
+        record.seconds,
+        record.engine,
+        canonical(record.versions),
+        record.created,
+    )
 
 
 def _record(row: tuple[Any, ...]) -> Record:
     address, spec, status, facts, kept, seconds, engine, versions, created = row
-    known = _infinite(json.loads(facts))
+    known = states.infinite(json.loads(facts))
     return Record(
         address,
         json.loads(spec),
@@ -449,4 +415,5 @@ def _record(row: tuple[Any, ...]) -> Record:
         engine,
         json.loads(versions),
         created,
+        known.get("stack", []),
     )

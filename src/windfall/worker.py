@@ -1,22 +1,16 @@
-"""Training one run in a lab, and the process that does so for an executor.
+"""Training in a lab: one run, or several as one program.
 
-`perform` takes a run from wherever it stands (stored, checkpointed, or not begun) to finished. A
-worker process reads jobs as lines of JSON and answers with events; it ends when the pipe closes.
+`Workshop.perform` takes a job from wherever it stands (stored, checkpointed, or not begun) to
+finished. Runs trained together are checkpointed and finished as a unit, and a run that was trained
+so is replayed with all of its stack: bits may depend on who is in it.
 """
 
-import json
-import os
-import queue
-import signal
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, BinaryIO, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +18,19 @@ from torch import Tensor, nn
 from windfall import data as datasets
 from windfall import models, seeds, tickets
 from windfall.data import Dataset
-from windfall.engines import rule
+from windfall.engines import dispatch, rule
 from windfall.engines.contract import Task
+from windfall.engines.replay import Tell
 from windfall.initialize import initial_parameters
 from windfall.prune import ToStep
 from windfall.runs import Fresh, Run
-from windfall.spec import Json, SpecError, canonical, digest
+from windfall.spec import Json, SpecError, digest
 from windfall.store import FULL, Lab, Record, now
 from windfall.train import State
 
 CHECKPOINT_SECONDS = 30.0  # at most this much training is lost to a crash
-PROGRESS_SECONDS = 0.5  # between two reports of a run's step
+
+Lose = Callable[[str, Exception], None]
 
 
 class Stopped(Exception):
@@ -51,6 +47,7 @@ class Job:
         keep: steps whose snapshots must be stored.
         checkpoint_seconds: of training between two checkpoints, at least 0.
         engine: that is asked for; `auto` is the fixed rule's.
+        companions: runs to be trained with it as one program, by address.
     """
 
     run: Run
@@ -58,6 +55,12 @@ class Job:
     keep: frozenset[int]
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     engine: rule.Asked = "auto"
+    companions: dict[str, Run] = field(default_factory=dict[str, Run])
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """All runs that are asked for, by address, in order."""
+        return {self.address: self.run, **self.companions}
 
     def to_json(self) -> Json:
         """The job as JSON, where the data lies included."""
@@ -68,6 +71,8 @@ class Job:
             "keep": sorted(self.keep),
             "checkpoint_seconds": self.checkpoint_seconds,
             "engine": self.engine,
+            # a list: canonical JSON would sort the names of a table
+            "companions": [[a, r.to_json(addressed=False)] for a, r in self.companions.items()],
         }
 
     @classmethod
@@ -75,7 +80,34 @@ class Job:
         """The job that `to_json` wrote."""
         run, seconds = Run.from_json(job["run"]), job.get("checkpoint_seconds", CHECKPOINT_SECONDS)
         keep, engine = frozenset(job["keep"]), job.get("engine", "auto")
-        return cls(run, job["address"], keep, seconds, engine)
+        companions = {address: Run.from_json(run) for address, run in job.get("companions", [])}
+        return cls(run, job["address"], keep, seconds, engine, companions)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The runs that one program trains: a job's, or all that a replay needs.
+
+    Args:
+        runs: by address, in their order in the program.
+        keep: steps whose snapshots are kept.
+        engine: that is asked for.
+        is_replay: they were stored before, and must all take part again.
+    """
+
+    runs: dict[str, Run]
+    keep: frozenset[int]
+    engine: rule.Asked
+    is_replay: bool
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What came of a program: final states by address, seconds of them all, engine and device."""
+
+    finals: dict[str, State]
+    seconds: float
+    engine: str
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +133,10 @@ def quiet_machine() -> Generator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
+
+
+def _refuse(_: str, problem: Exception) -> None:
+    raise problem
 
 
 @dataclass(frozen=True)
@@ -193,33 +229,67 @@ class Workshop:
                 return address, run
             address = run.parent
 
-    def perform(self, job: Job, pulse: Callable[[int], bool] = lambda _: False) -> str:
-        """Bring a run from wherever it stands to finished.
+    def perform(
+        self,
+        job: Job,
+        pulse: Callable[[int], bool] = lambda _: False,
+        tell: Tell = lambda _: None,
+        lose: Lose = _refuse,
+    ) -> str:
+        """Bring the runs of a job from wherever they stand to finished, all or none.
 
         Args:
-            job: the run and what it must keep.
-            pulse: called with every step; True asks to stop.
+            job: the runs and what they must keep.
+            pulse: called with every step, or with those between two bursts of steps; True asks to
+                stop.
+            tell: called with what a user should know.
+            lose: called with the address of a run that cannot begin, and why; if it returns, the
+                others go on without it. Where none can begin, the last one's reason is raised.
 
         Returns:
-            `trained`, `reused`, or `busy` when another process is training it.
+            `trained`, `reused`, or `busy` when another process is training one of them, or stored
+            some of them since the job was made.
 
         Raises:
             Stopped: when `pulse` asked for it; the checkpoint is saved.
         """
-        with self.lab.locked(job.address) as held:
-            if not held:
+        with self.lab.locked(*job.runs) as is_held:
+            records = self.lab.records(job.runs) if is_held else {}
+            if not is_held or 0 < len(records) < len(job.runs):
                 return "busy"
-            record = self.lab.record(job.address)
-            if record is not None and self.lab.holds(record, job.keep):
+            lacking = [r for r in records.values() if not self.lab.holds(r, job.keep)]
+            if records and not lacking:
                 return "reused"
+            if len({record.unit for record in records.values()}) > 1:
+                return "busy"
             with quiet_machine():
-                final, seconds, engine = self._train(job, record, pulse)
-            if record is None:
-                self.lab.finish(self._recorded(job, final, seconds, engine), final)
-                return "trained"
+                trained = self._train(job, self._program(job, lacking), pulse, tell, lose)
+            if lacking:
+                self._add(lacking, trained.finals)
+                return "reused"
+            self.lab.finish_all(_recorded(job, trained))
+            return "trained"
+
+    def _program(self, job: Job, lacking: list[Record]) -> _Program:
+        """Of new runs, the job's; else all that were trained with them, by the same engine."""
+        if not lacking:
+            return _Program(job.runs, job.keep, job.engine, is_replay=False)
+        runs, known = job.runs, self.lab.records(lacking[0].unit)
+        same = {"model": job.run.model, "data": job.run.data}  # as this process can make them
+        again = {
+            address: runs.get(address) or Run.from_json(record.spec).model_copy(update=same)
+            for address, record in known.items()
+        }
+        engine = cast(rule.Name, lacking[0].engine.partition("/")[0])
+        keep = job.keep.union(*(record.snapshots for record in lacking))
+        return _Program(again, keep, engine, is_replay=True)
+
+    def _add(self, lacking: list[Record], finals: dict[str, State]) -> None:
+        """Add to stored runs what a replay came by, once it is proved."""
+        again = [(record, finals[record.address]) for record in lacking]
+        for record, final in again:
             self._prove_replay(record, final)
-            self.lab.finish(replace(record, snapshots=sorted(final.snapshots)), final)
-            return "reused"
+        self.lab.finish_all([(replace(r, snapshots=sorted(f.snapshots)), f) for r, f in again])
 
     def _prove_replay(self, record: Record, final: State) -> None:
         """Check that a run trained again, for what its stored one lacks, is the same bit for bit.
@@ -242,126 +312,95 @@ class Workshop:
             )
 
     def _train(
-        self, job: Job, record: Record | None, pulse: Callable[[int], bool]
-    ) -> tuple[State, float, str]:
-        keep = job.keep | frozenset(record.snapshots if record else ())
-        run, data, network = job.run, self.data(job.run), self.network(job.run)
-        state, facts = self._resumed(job, network, record, keep)
+        self, job: Job, program: _Program, pulse: Callable[[int], bool], tell: Tell, lose: Lose
+    ) -> _Trained:
+        states, facts = self._resumed(program, lose)
+        runs, data = [program.runs[address] for address in facts["stack"]], self.data(job.run)
         keep = frozenset(facts["keep"])  # a checkpoint's too: its next one will claim them
         begun = saved = time.monotonic()
 
-        def tick(step: int, state_now: Callable[[], State]) -> None:
+        def tick(step: int, states_now: Callable[[], list[State]]) -> None:
             nonlocal saved
             is_stopping, clock = pulse(step), time.monotonic()
             if is_stopping or clock - saved > job.checkpoint_seconds:
                 facts["seconds"] += clock - saved
-                self.lab.save_checkpoint(job.address, state_now(), facts)
+                self.lab.save_checkpoints(facts["stack"][0], states_now(), facts)
                 saved = time.monotonic()
             if is_stopping:
                 raise Stopped
 
-        task = Task(network, data, run.recipe, run.seed, run.clock[1], keep)
+        tasks = [
+            Task(self.network(run), data, run.recipe, run.seed, run.clock[1], keep) for run in runs
+        ]
         spent, engine = facts["seconds"], facts["made_by"]["engine"]
-        final = rule.train(engine.partition("/")[0], task, state, tick)
-        return final, spent + time.monotonic() - begun, engine
+        finals = dispatch.train(engine.partition("/")[0], tasks, states, tick, tell)
+        named = dict(zip(facts["stack"], finals, strict=True))
+        return _Trained(named, spent + time.monotonic() - begun, engine)
 
-    def _resumed(
-        self, job: Job, network: nn.Module, record: Record | None, keep: frozenset[int]
-    ) -> tuple[State, Json]:
-        """The state to train on from: of the checkpoint, if this worker would have written it."""
-        found = self.lab.checkpoint(job.address)
+    def _resumed(self, program: _Program, lose: Lose) -> tuple[list[State], Json]:
+        """The states to train on from: of the checkpoint, if this worker would have written it."""
+        begun = self._begun(program, lose)
+        first, state = next(iter(begun.items()))
+        made_by = self._made_by(program, first, state)
+        keep = sorted(program.keep)
+        new: Json = {"made_by": made_by, "stack": list(begun), "keep": keep, "seconds": 0.0}
+        found = self.lab.checkpoints(first)
         if found is not None:
-            state, facts = found
-            made_by = self._made_by(job, network, record, state)
-            if keep <= set(facts["keep"]) and facts.get("made_by", made_by) == made_by:
-                return state, {"made_by": made_by, **facts}
-        state = self.beginning(job.run)
-        made_by = self._made_by(job, network, record, state)
-        return state, {"seconds": 0.0, "keep": sorted(keep), "made_by": made_by}
+            states, facts = found[0], {**new, "stack": [first], **found[1]}
+            is_ours = all(facts[name] == new[name] for name in ("made_by", "stack"))
+            if is_ours and program.keep <= set(facts["keep"]):
+                return states, facts
+        return list(begun.values()), new
 
-    def _made_by(self, job: Job, network: nn.Module, record: Record | None, state: State) -> Json:
-        """The engine and versions of a training; a replay's engine is that of the stored run."""
-        asked = job.engine if record is None else cast(rule.Name, record.engine.partition("/")[0])
-        shape, density = self.data(job.run).input_shape, rule.kept(state)
-        engine = rule.choose(asked, network, shape, density, self.device).engine
+    def _begun(self, program: _Program, lose: Lose) -> dict[str, State]:
+        """The first states of the runs that can begin, by address."""
+        begun, lost = dict[str, State](), dict[str, Exception]()
+        for address, run in program.runs.items():
+            try:
+                begun[address] = self.beginning(run)
+            except (SpecError, tickets.BrokenTicket) as problem:
+                if program.is_replay:
+                    raise
+                lost[address] = problem
+        last = None if begun else lost.popitem()[1]
+        for address, problem in lost.items():
+            lose(address, problem)
+        if last is not None:
+            raise last
+        return begun
+
+    def _made_by(self, program: _Program, address: str, state: State) -> Json:
+        """The engine and versions of a training, chosen by one of its runs."""
+        run = program.runs[address]
+        shape, density = self.data(run).input_shape, rule.kept(state)
+        engine = rule.choose(program.engine, self.network(run), shape, density, self.device).engine
         return {"engine": f"{engine}/{self.device}", "versions": versions()}
 
-    def _recorded(self, job: Job, final: State, seconds: float, engine: str) -> Record:
-        kept = sum(int(mask.sum()) for mask in final.masks.values()) if final.masks else -1
-        return Record(
-            job.address,
-            job.run.to_json(),
-            "diverged" if final.diverged else "done",
-            final.evaluations,
-            sorted(final.snapshots),
-            kept,
-            seconds,
-            engine,
-            versions(),
-            now(),
+
+def _recorded(job: Job, trained: _Trained) -> list[tuple[Record, State]]:
+    """The records of runs that were trained together, with their final states."""
+    share, together = trained.seconds / len(trained.finals), list(trained.finals)
+    stack, runs = together if len(together) > 1 else [], job.runs
+    return [
+        (
+            Record(
+                address,
+                runs[address].to_json(),
+                "diverged" if final.diverged else "done",
+                final.evaluations,
+                sorted(final.snapshots),
+                sum(int(m.sum()) for m in final.masks.values()) if final.masks else -1,
+                share,
+                trained.engine,
+                versions(),
+                now(),
+                stack,
+            ),
+            final,
         )
+        for address, final in trained.finals.items()
+    ]
 
 
 def _bits(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().tobytes()
-
-
-# ---- the process ---------------------------------------------------------------------------
-
-
-def _listen(messages: BinaryIO, jobs: "queue.Queue[Json]", stopping: threading.Event) -> None:
-    for line in messages:
-        message = json.loads(line)
-        if message.get("stop"):
-            stopping.set()
-        jobs.put(message)
-    os._exit(1)  # the pipe closed: nobody is there to hear of the run, and its checkpoint stands
-
-
-def _serve(lab: Lab, device: str, messages: BinaryIO, events: BinaryIO) -> None:
-    jobs: queue.Queue[Json] = queue.Queue()
-    stopping = threading.Event()
-    threading.Thread(target=_listen, args=(messages, jobs, stopping), daemon=True).start()
-    workshop = Workshop(lab, device)
-
-    def tell(**event: Any) -> None:
-        events.write(canonical(event).encode() + b"\n")
-        events.flush()
-
-    tell(event="ready")
-    while not (message := jobs.get()).get("stop"):
-        told = time.monotonic()
-
-        def pulse(step: int) -> bool:
-            nonlocal told
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                tell(event="step", step=step)
-            return stopping.is_set()
-
-        try:
-            result = workshop.perform(Job.from_json(message), pulse)
-            tell(event="end", result=result, reason=None)
-        except Stopped:
-            return
-        except Exception as problem:
-            result, reason = ended(problem)
-            if result == "failed":
-                traceback.print_exc(file=sys.stderr)
-            tell(event="end", result=result, reason=reason)
-
-
-def main() -> None:
-    """Serve jobs from standard input until it closes; arguments: the lab and the device."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the executor hears it and says stop
-    # the pipes are this module's alone: what a user's code reads or prints goes elsewhere
-    messages, events = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    with redirect_stdout(sys.stderr):
-        _serve(Lab(sys.argv[1]), sys.argv[2], messages, events)
-
-
-if __name__ == "__main__":
-    main()

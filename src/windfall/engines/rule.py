@@ -15,15 +15,16 @@ A stack of replicas costs about as much as they do alone on a CPU; on a GPU, whe
 step is the launch of its kernels, it costs about as much as one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
-from windfall.engines import separate
+from windfall.data import Dataset
 from windfall.engines.contract import Task, Unsupported
-from windfall.train import State
+from windfall.samples import Part
+from windfall.train import Recipe, State
 
 Name = Literal["separate", "stacked", "sparse"]
 Asked = Literal["auto", "separate", "stacked", "sparse"]
@@ -35,11 +36,11 @@ SMALL = 3_000_000  # parameters of a network whose kernels on a GPU cost their l
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, and why it is not a faster one.
+    """An engine.
 
     Args:
         engine: that trains.
-        reason: why the sparse engine cannot, or None.
+        reason: why a faster one cannot, or None.
     """
 
     engine: Name
@@ -62,13 +63,15 @@ def choose(
         Unsupported: when the engine asked for by name cannot train the network; the message names
             the layer.
     """
-    if asked in ("separate", "stacked"):
+    if asked == "separate":
+        return Choice(asked)
+    if asked == "stacked":
+        _examine(network, input_shape)
         return Choice(asked)
     if device != "cpu":
         if asked == "sparse":
             raise Unsupported("`engine` must be one for a GPU; sparse is for the CPU. Use auto.")
-        size = sum(param.numel() for param in network.parameters())
-        return Choice("stacked" if size <= SMALL else "separate")
+        return _on_gpu(network, input_shape)
     from windfall.engines.sparse import (
         graph,
         operations,
@@ -87,32 +90,28 @@ def choose(
     return Choice("sparse" if wins else "separate")
 
 
+def _on_gpu(network: nn.Module, input_shape: tuple[int, ...]) -> Choice:
+    if sum(param.numel() for param in network.parameters()) > SMALL:
+        return Choice("separate")
+    try:
+        _examine(network, input_shape)
+    except Unsupported as problem:
+        return Choice("separate", str(problem))
+    return Choice("stacked")
+
+
+def _examine(network: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Refuse a network that cannot be trained in a stack, by a trial on two black images."""
+    from windfall.engines import lift
+
+    part = Part(torch.zeros(2, *input_shape, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+    mean = torch.zeros(input_shape[0])
+    data = Dataset(part, part, part, mean, mean + 1, 255, 1, sha256="", note=None)
+    lift.examine(Task(network, data, Recipe(), seed=0, last_step=0))
+
+
 def kept(state: State) -> float:
     """The fraction of a state's prunable weights that are trained."""
     masks = state.masks.values()
     total = sum(mask.numel() for mask in masks)
     return sum(int(mask.sum()) for mask in masks) / total if total else 1.0
-
-
-def train(
-    engine: Name,
-    task: Task,
-    state: State,
-    pulse: Callable[[int, Callable[[], State]], None] = lambda *_: None,
-) -> State:
-    """Train one run from a state to the task's last step, on an engine by name.
-
-    See `engines.separate.train`, `engines.sparse.train`.
-    """
-    if engine == "sparse":
-        from windfall.engines import sparse
-
-        return sparse.train(task, state, pulse)
-    if engine == "stacked":
-        from windfall.engines import stacked
-
-        final = stacked.train(
-            [task], [state], lambda step, states: pulse(step, lambda: states()[0])
-        )
-        return final[0]
-    return separate.train(task, state, pulse)
