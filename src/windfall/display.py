@@ -13,19 +13,10 @@ from rich.text import Text
 
 from windfall import schedule, words
 from windfall.spec import Json
+from windfall.words import duration
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal to draw on
 _COLOURS = {"supported": "green", "refuted": "red", "undecided": "yellow"}
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _remaining(progress: schedule.Progress) -> str:
@@ -146,7 +137,9 @@ def result(document: Json) -> RenderableType:
         Text(sentence, style="bold" if i == 0 else "")
         for i, sentence in enumerate(document["answer"])
     ]
-    notes = [Text(f"Note: {note}", style="dim") for note in document["notes"]]
+    estimate = words.estimate(document.get("estimate"))
+    told = [*document["notes"], *([] if estimate is None else [estimate])]
+    notes = [Text(f"Note: {note}", style="dim") for note in told]
     failures = [
         Text(f"Failed: {f['arm']} level {f['level']} seed {f['seed']}: {f['reason']}", style="red")
         for f in document["failures"]
@@ -165,31 +158,35 @@ def plan(document: Json) -> RenderableType:
         "weights",
         "density",
         "arm",
+        "engine",
         "runs",
         "stored",
         "steps",
         "FLOPs",
         "s (est.)",
     ):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        table.add_column(column, justify="left" if column in ("arm", "engine") else "right")
     for row in document["rows"]:
         table.add_row(
             str(row["level"]),
             f"{row['weights']:,}",
             words.percent(row["density"]),
             row["arm"],
+            row["engine"],
             str(row["runs"]),
             str(row["stored"]),
             f"{row['steps']:,}",
             f"{row['flops']:.2e}",
-            f"{row['seconds_estimate']:,.0f}",
+            f"{row['seconds_estimate']:,.{1 if row['seconds_estimate'] < 10 else 0}f}",
         )
     told = (
         f"{runs['missing']} runs to train, {document['flops']:.2e} FLOPs on surviving weights,"
         f" about {duration(document['seconds_estimate'])}"
         f" (an estimate from {document['estimate_from']})."
     )
-    return Group(table, Text(told))
+    reason = document["engine_reason"]
+    why = [] if reason is None else [Text(f"Note: {reason}", style="dim")]
+    return Group(table, Text(told), *why)
 
 
 def show(renderable: Any) -> None:

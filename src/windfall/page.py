@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from windfall import plots
+from windfall import plots, words
 from windfall.arms import EFFECTS
 from windfall.plots import Number, Row
 
@@ -98,8 +98,9 @@ def render(document: Document) -> str:
         document: The study's results as plain JSON values, None where there is no number: `study`,
             `answer`, `settings`, `runs`, `arms`, `verdicts`, `comparisons`, `failures`, `curves`,
             `layers`, `pictures`, `records`, `notes`, `winner`, `winner_record`, `seconds`, `flops`,
-            `versions` and `created`. Accuracies are fractions; the intervals of `arms` and
-            `comparisons` have confidence 0.95, those of `verdicts` state theirs.
+            `versions` and `created`; `estimate` is optional. Accuracies are fractions; the
+            intervals of `arms` and `comparisons` have confidence 0.95, those of `verdicts` state
+            theirs.
 
     Returns:
         HTML that refers to nothing outside itself; all text of the document is escaped.
@@ -123,6 +124,7 @@ def render(document: Document) -> str:
         records=records,
         reasons=reasons,
         settings=list(_leaves(document["settings"])),
+        estimate=words.estimate(document.get("estimate")),
     )
 
 

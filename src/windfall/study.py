@@ -29,7 +29,7 @@ from windfall.engines.rule import Asked
 from windfall.initialize import GlorotNormal, Initialization, TorchDefault
 from windfall.models import Kind, ModelField, UserModel
 from windfall.prune import LearningRate, Prune, ToStep
-from windfall.runs import Fresh, Pruned, Run, Start
+from windfall.runs import Fresh, Pruned, Run
 from windfall.samples import stacked
 from windfall.selection import uniform
 from windfall.spec import Json, Spec, SpecError, checked, digest, nearest, tag, unaddressed
@@ -210,7 +210,7 @@ class Graph:
         taken to be even.
         """
         run, network = self.runs[address], self.network
-        kept = self._kept(run.start)
+        kept = self.kept(address)
         multiply_adds = sum(
             Fraction(uses) * kept[name] / network.sizes[name]
             for name, uses in network.multiply_adds.items()
@@ -218,9 +218,9 @@ class Graph:
         first, last = run.clock
         return flops.training_flops(round(multiply_adds), run.recipe.batch_size, last - first)
 
-    def _kept(self, start: Start) -> Mapping[str, int | Fraction]:
-        """The number of weights that a run keeps of every tensor."""
-        sizes = self.network.sizes
+    def kept(self, address: str) -> Mapping[str, int | Fraction]:
+        """The number of weights that a run keeps of every tensor; see `flops`."""
+        sizes, start = self.network.sizes, self.runs[address].start
         if isinstance(start, Fresh):
             return sizes
         if start.arrange == "uniform":

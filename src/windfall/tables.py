@@ -118,7 +118,7 @@ def summary(plan: Json, lab: Lab) -> Json:
     """Everything that a study found, one JSON-able document without NaN.
 
     Args:
-        plan: the study's outline.
+        plan: the study's outline; `estimate` in it is what `costs.forecast` told.
         lab: where its runs are.
     """
     findings = Findings(plan, lab)
@@ -144,6 +144,7 @@ def summary(plan: Json, lab: Lab) -> Json:
         "flops": sum(record["flops"] for record in records),
         "training_seconds": sum(record["seconds"] for record in records),
         "versions": versions[-1] if versions else {},
+        "estimate": plan.get("estimate"),
         **_winner(findings),
     }
     document["notes"] = words.notes(plan, document, versions)

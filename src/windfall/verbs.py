@@ -4,9 +4,10 @@ result = run("lottery", {"num_seeds": 5})
 result.verdicts.to_pandas()
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import Any
 
 from windfall import costs, tables
 from windfall import study as studies
-from windfall.execute import execute, num_cores, pick_device
+from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.findings import Table
-from windfall.schedule import Progress
 from windfall.spec import Json, SpecError
 from windfall.store import Lab, write_whole
 from windfall.study import Study
@@ -82,6 +82,7 @@ class Result:
             "runs": self.runs,
             **{name: self.document[name] for name in names},
             "seconds": self.seconds,
+            "estimate": self.document["estimate"],
             "lab": str(self.lab),
             "report": None if self.report is None else str(self.report),
         }
@@ -107,7 +108,7 @@ def run(
     lab: str | Path | None = None,
     workers: int | None = None,
     device: str = "auto",
-    watch: Callable[[Progress], None] | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Train what a study lacks and sum it up.
 
@@ -127,20 +128,34 @@ def run(
     chosen = _study(study, settings)
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
-    pick_device(device)
+    picked = pick_device(device)
     graph = studies.expand(chosen)
     place = Lab(lab_folder(lab))
-    plan = tables.outline(graph)
-    place.remember(studies.key(chosen), chosen.name, plan)
-    if watch is None:
-        from windfall.display import watching
-
-        with watching(chosen.name) as shown:
-            outcome = execute(graph, place, workers=workers, device=device, watch=shown)
-    else:
-        outcome = execute(graph, place, workers=workers, device=device, watch=watch)
+    key, plan = studies.key(chosen), tables.outline(graph)
+    told = costs.forecast(graph, place, workers or num_cores(), picked)
+    before = (place.recall(key) or {}).get("estimate")
+    plan["estimate"] = before if told is None else told
+    place.remember(key, chosen.name, plan)
+    missing, started = set(graph.runs) - place.records(graph.runs).keys(), time.monotonic()
+    with _watching(chosen.name, watch) as shown:
+        outcome = execute(graph, place, workers=workers, device=device, watch=shown)
+    if told is not None:
+        records = list(place.records(missing).values())
+        plan["estimate"] = costs.measured(told, records, time.monotonic() - started)
+        place.remember(key, chosen.name, plan)
     counts = {"reused": outcome.reused, "trained": outcome.trained}
     return _result(plan, place, counts, begun, page=place.folder / f"{chosen.name}.html")
+
+
+@contextlib.contextmanager
+def _watching(name: str, watch: Watch | None) -> Generator[Watch]:
+    if watch is not None:
+        yield watch
+        return
+    from windfall.display import watching
+
+    with watching(name) as shown:
+        yield shown
 
 
 def _result(
@@ -190,7 +205,7 @@ def plan(
     graph = studies.expand(_study(study, settings))
     folder = lab_folder(lab)
     known = Lab(folder, readonly=True) if folder.exists() else None
-    return costs.estimate(graph, known, workers or num_cores())
+    return costs.estimate(graph, known, workers or num_cores(), pick_device("auto"))
 
 
 def _from_lab(study: Which, settings: Settings | None, lab: str | Path | None) -> tuple[Json, Lab]:

@@ -27,6 +27,34 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.3g} %"
 
 
+def duration(seconds: float) -> str:
+    """Seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def estimate(told: Json | None) -> str | None:
+    """What was estimated of a study's training beside what was measured, as a sentence."""
+    if told is None:
+        return None
+    each = "; ".join(
+        f"{what} {_beside(told[name], told[f'measured_{name}'])}"
+        for what, name in (("all", "seconds"), ("the runs' own times", "total_seconds"))
+    )
+    return f"Training {told['runs']:,} runs: {each} (from {told['from']})."
+
+
+def _beside(estimated: float, taken: float | None) -> str:
+    told = f"estimated {duration(estimated)}"
+    if taken is None or not estimated:
+        return told
+    return f"{told}, measured {duration(taken)} ({taken / estimated:.2f})"
+
+
 def metric_name(metric: str) -> str:
     """What a metric is called in sentences."""
     name, _, layer = metric.partition("/")
