@@ -418,6 +418,7 @@ model = { kind = "mlp", hidden = [16, 8] }
 data = "digits"
 arms = ["dense"]
 levels = 1
+engine = "separate"  # takes seconds: there is something to stop
 recipe = { optimizer = "adam", steps = 5000, batch_size = 32, eval_every = 2500 }
 """
 
@@ -426,7 +427,7 @@ recipe = { optimizer = "adam", steps = 5000, batch_size = 32, eval_every = 2500 
 def long(tmp_path_factory):
     """A study of two runs of seconds each, and its contents when it is never stopped."""
     recipe = {"steps": 5000, "eval_every": 2500, "learning_rate": 0.1}
-    of = small.graph(recipe, name="long", arms=["dense"], levels=1)
+    of = small.graph(recipe, name="long", arms=["dense"], levels=1, engine="separate")
     folder = tmp_path_factory.mktemp("long") / "lab"
     small.trained(of, folder).close()
     return of, small.contents(folder)
