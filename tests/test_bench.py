@@ -93,7 +93,7 @@ def in_threads(monkeypatch):
     for module in (step, study, replicas, process, roofline):
         monkeypatch.setattr(module, "Crew", Threads)
     for module in (teams, study, replicas):
-        monkeypatch.setattr(module, "cores", lambda: 2)
+        monkeypatch.setattr(module, "num_cores", lambda: 2)
     with quiet_machine():
         yield
 

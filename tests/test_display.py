@@ -38,7 +38,8 @@ def test_the_tables_show_what_the_document_holds(tmp_path):
     assert f"{100 * mean:.2f}" in told
 
 
-def test_a_plan_lists_every_arm_and_level(tmp_path):
+def test_a_plan_lists_every_arm_and_level(tmp_path, monkeypatch):
+    monkeypatch.setenv("WINDFALL_CACHE", str(tmp_path / "cache"))
     told = printed(display.plan(verbs.plan(small(), lab=tmp_path / "none", workers=1)))
     for arm in ("dense", "ticket", "reinit", "shuffled", "random", "finetune"):
         assert arm in told

@@ -69,3 +69,10 @@ def isolated(seed: int, purpose: str) -> Generator[Callable[[int], None]]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def generators() -> object:
+    """Where the global generators of Python, numpy and torch stand: to see whether code drew."""
+    state = np.random.get_state(legacy=False)["state"]
+    numeric = {name: np.asarray(value).tobytes() for name, value in state.items()}
+    return random.getstate(), numeric, torch.get_rng_state().numpy().tobytes()

@@ -2,21 +2,16 @@
 
 import math
 import os
-import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from windfall.execute import num_cores
+from windfall.pace import processor
 from windfall.spec import Json, SpecError
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> Json:
@@ -26,20 +21,13 @@ def machine() -> Json:
     processes in the last minute: more than the benchmark's own have disturbed it.
     """
     return {
-        "cpu": _cpu(),
-        "cores": cores(),
+        "cpu": processor(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "windfall": version("windfall"),
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")  # elsewhere than on Linux, `platform` knows the model
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def spread(values: Iterable[float]) -> Json:

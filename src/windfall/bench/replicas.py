@@ -10,7 +10,6 @@ from rich.table import Table
 
 from windfall.bench.crew import Crew, Talk, elapsed_seconds
 from windfall.bench.machine import (
-    cores,
     machine,
     refuse,
     refuse_densities,
@@ -21,6 +20,7 @@ from windfall.bench.machine import (
 from windfall.bench.networks import Network, chosen, images
 from windfall.bench.teams import ENGINES, PLAIN, STACKED, Team, present
 from windfall.engines.contract import Unsupported
+from windfall.execute import num_cores
 from windfall.spec import Json
 
 COUNTS, DENSITIES = (1, 2, 4, 8, 16), (1.0, 0.2, 0.02)
@@ -85,10 +85,10 @@ class _Side:
 
 
 def _teams(engines: Sequence[str]) -> list[Team]:
-    teams = [Team(name=PLAIN, engine=PLAIN, processes=cores())]
+    teams = [Team(name=PLAIN, engine=PLAIN, processes=num_cores())]
     for engine in engines:
         is_one = engine in STACKED
-        threads, processes = (cores(), 1) if is_one else (1, cores())
+        threads, processes = (num_cores(), 1) if is_one else (1, num_cores())
         teams.append(Team(name=engine, engine=engine, processes=processes, threads=threads))
     return teams
 

@@ -1,6 +1,5 @@
 """The FLOPs and bytes of a step over this machine's measured peaks."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -59,8 +58,7 @@ def _peaks(seconds: float) -> Json:
         "torch": max(_rate(2 * side**3, _torch_product(side), seconds) for side in SIDES),
         "numpy": max(_rate(2 * side**3, _numpy_product(side), seconds) for side in SIDES),
     }
-    with contextlib.suppress(ImportError):
-        arithmetic["registers"] = _rate(2 * CHAINS * LANES * TURNS, _chained(), seconds)
+    arithmetic["registers"] = _rate(2 * CHAINS * LANES * TURNS, _chained(), seconds)
     caches = cache_bytes()
     sizes = {  # half a cache: the rest of it is others'
         "L2": caches["L2"] // 2,

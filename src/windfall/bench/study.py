@@ -4,7 +4,6 @@ Replicas are seeds: an engine trains one on each core, the plain loop one after 
 threads. Every level is pruned and rewound in the same way on all sides.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,14 +13,16 @@ import numpy as np
 from rich.table import Table
 
 from windfall import data as data_sets
+from windfall import files
 from windfall import masks as masking
 from windfall.bench.crew import Crew, Talk, elapsed_seconds
-from windfall.bench.machine import cores, machine, ratios, refuse, shown, spread, table
+from windfall.bench.machine import machine, ratios, refuse, shown, spread, table
 from windfall.bench.networks import MNIST, Network, chosen, images
 from windfall.bench.teams import ENGINES, PLAIN, STACKED, Team, present
 from windfall.criteria import Evidence
 from windfall.data import Dataset
 from windfall.engines.contract import AHEAD, Task, Unsupported
+from windfall.execute import num_cores
 from windfall.models import Kind
 from windfall.prune import Prune
 from windfall.spec import Json, SpecError
@@ -92,9 +93,9 @@ def serve(talk: Talk) -> None:
 
 def _data(network: Network, evaluated: Sequence[int]) -> tuple[str, Dataset]:
     """The real MNIST, where it is, for a network that fits it; else random images of its shape."""
-    if (network.input_shape, network.num_train, tuple(evaluated)) == (MNIST, 55_000, EVALUATED):
-        with contextlib.suppress(SpecError):
-            return "MNIST", data_sets.load(data_sets.Mnist())
+    fits = (network.input_shape, network.num_train, tuple(evaluated)) == (MNIST, 55_000, EVALUATED)
+    if fits and (files.root(None) / files.MNIST.folder).exists():
+        return "MNIST", data_sets.load(data_sets.Mnist())
     return "random images", images(network, *evaluated)
 
 
@@ -151,12 +152,17 @@ def _pruned(start: State, trained: State, seed: int, level: int, kinds: dict[str
 
 def _teams(engines: Sequence[str], replicas: int) -> list[Team]:
     """The plain loop, and each engine with its replicas spread over the cores."""
-    teams = [Team(name=PLAIN, engine=PLAIN, threads=cores(), replicas=replicas)]
+    teams = [Team(name=PLAIN, engine=PLAIN, threads=num_cores(), replicas=replicas)]
     for engine in engines:
         is_one = engine in STACKED
-        processes = 1 if is_one else min(cores(), replicas)
+        processes = 1 if is_one else min(num_cores(), replicas)
         teams.append(
-            Team(name=engine, engine=engine, processes=processes, threads=cores() if is_one else 1)
+            Team(
+                name=engine,
+                engine=engine,
+                processes=processes,
+                threads=num_cores() if is_one else 1,
+            )
         )
     return teams
 

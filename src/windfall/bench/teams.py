@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import Field
 
 from windfall.bench import plain
-from windfall.bench.machine import cores
 from windfall.engines.contract import Task
+from windfall.execute import num_cores
 from windfall.spec import Spec, SpecError, nearest
 from windfall.train import State
 
@@ -124,7 +124,10 @@ def yardsticks(*, is_convolutional: bool) -> list[Team]:
             processes=processes,
             threads=threads,
         )
-        for told, processes, threads in (("all threads", 1, cores()), ("one a core", cores(), 1))
+        for told, processes, threads in (
+            ("all threads", 1, num_cores()),
+            ("one a core", num_cores(), 1),
+        )
         for layout in layouts
     ]
 
@@ -132,9 +135,9 @@ def yardsticks(*, is_convolutional: bool) -> list[Team]:
 def engine_teams(engine: str) -> list[Team]:
     """An engine alone on a core and on every core; a stack of one replica a core as one program."""
     if engine in STACKED:
-        return [Team(name=f"{engine}, all threads", engine=engine, threads=cores(),
-                     replicas=cores())]  # fmt: skip
+        return [Team(name=f"{engine}, all threads", engine=engine, threads=num_cores(),
+                     replicas=num_cores())]  # fmt: skip
     return [
         Team(name=f"{engine}, alone", engine=engine),
-        Team(name=f"{engine}, one a core", engine=engine, processes=cores()),
+        Team(name=f"{engine}, one a core", engine=engine, processes=num_cores()),
     ]

@@ -4,11 +4,9 @@ An engine's `train` takes a `Task` and a `State` and returns the state at the ta
 draws what the seed's streams say, and gives the training of `engines.separate` up to rounding.
 """
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -119,10 +117,3 @@ def overwrite(network: nn.Module, state: State) -> None:
     ):
         for name, tensor in own.items():
             tensor.copy_(given[name])
-
-
-def generators() -> object:
-    """Where the global generators of Python, numpy and torch stand: to see whether code drew."""
-    state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  read, not drawn from
-    numeric = {name: np.asarray(value).tobytes() for name, value in state.items()}
-    return random.getstate(), numeric, torch.get_rng_state().numpy().tobytes()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from windfall import seeds
-from windfall.engines import contract
 from windfall.engines.contract import Task, Unsupported
 from windfall.masks import Params
 
@@ -214,11 +213,11 @@ def _watch(network: nn.Module, running: list[Visit]) -> None:
     """
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda part, *_: running.append((name, contract.generators(), _kept(part)))
+        return lambda part, *_: running.append((name, seeds.generators(), _kept(part)))
 
     def leave(part: nn.Module, *_: Any) -> None:
         drawn, before = running[-1][1:]
-        if drawn != contract.generators():
+        if drawn != seeds.generators():
             raise RuntimeError("it draws from a global generator.")
         if any(before.get(name) is not tensor for name, tensor in _kept(part).items()):
             raise RuntimeError("it keeps a tensor that is no buffer.")

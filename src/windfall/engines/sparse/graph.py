@@ -15,7 +15,6 @@ from torch import nn
 from torch.fx import Graph, Node, Tracer
 
 from windfall import seeds
-from windfall.engines import contract
 from windfall.engines.contract import Unsupported
 from windfall.engines.sparse.operations import (
     INPUT,
@@ -79,9 +78,9 @@ def _traced(module: nn.Module, *, training: bool) -> Graph:
     copied = copy.deepcopy(module).train(training)
     try:
         with seeds.isolated(0, "trace"):
-            before = _memory(copied), contract.generators()
+            before = _memory(copied), seeds.generators()
             traced = Tracer().trace(copied)
-            after = _memory(copied), contract.generators()
+            after = _memory(copied), seeds.generators()
     except Exception as problem:
         raise _refused("its forward pass", f"cannot be traced ({problem})") from problem
     if before != after:

@@ -228,6 +228,13 @@ class Pool:
         return _strided(self.x, self.out, self.size)
 
     @property
+    def back(self) -> Sweep:
+        """The same the other way: from the result to a square's first number."""
+        there = self.places
+        loops = tuple((count, out, x) for count, x, out in there.loops)
+        return Sweep(loops, ((0, 0),), there.out_base, there.x_base, self.x.channel)
+
+    @property
     def square(self) -> list[int]:
         """From a square's first number to each of them, by rows."""
         rows, columns = map(range, self.size)
@@ -263,15 +270,10 @@ def _largest(k: Emitter, values: list[Value]) -> Value:
 
 def largest_back(k: Emitter, static: Pool, d: Pointer, x: Pointer, dx: Pointer) -> None:
     """The gradient for x: the result's at the first largest number of its square, elsewhere 0."""
-    places = static.places
     with k.range(0, static.x.channels) as c:
         here = c * static.x.channel
-        back = Sweep(
-            tuple((n, out, x) for n, x, out in places.loops),
-            ((0, 0),), places.out_base, places.x_base, static.x.channel,
-        )  # fmt: skip
         at = d + c * static.out.channel, x + here, dx + here
-        with tiles(k, back, *at) as (_, d, x, dx):
+        with tiles(k, static.back, *at) as (_, d, x, dx):
             slope, values = k.variable(d.vector(0)), [x.vector(p) for p in static.square]
             best = _largest(k, values)
             for place, value in zip(static.square, values, strict=True):
@@ -298,15 +300,10 @@ def mean(k: Emitter, static: Pool, x: Pointer, out: Pointer) -> None:
 def mean_back(k: Emitter, static: Pool, d: Pointer, x: Pointer, dx: Pointer) -> None:
     """The gradient for x: each number of a square has its share of the result's."""
     rows, columns = static.size
-    places = static.places
     with k.range(0, static.x.channels) as c:
         here = c * static.x.channel
-        back = Sweep(
-            tuple((n, out, x) for n, x, out in places.loops),
-            ((0, 0),), places.out_base, places.x_base, static.x.channel,
-        )  # fmt: skip
         at = d + c * static.out.channel, x + here, dx + here
-        with tiles(k, back, *at) as (_, d, x, dx):
+        with tiles(k, static.back, *at) as (_, d, x, dx):
             share = d.vector(0) * (1 / (rows * columns))
             with k.range(0, rows) as y:
                 line = y * static.x.row

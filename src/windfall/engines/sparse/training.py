@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from windfall.data import Part
 from windfall.engines import contract
@@ -164,11 +165,18 @@ class _Memory:
         return totals.reshape(-1, 2)
 
 
+def _stored(inputs: Tensor) -> str:
+    """The dtype in which the program reads the inputs: half precision as single, which is exact."""
+    name = str(inputs.dtype).removeprefix("torch.")
+    return name if name in STORED else "float32"
+
+
 class _Source:
     """A part of the data, as the program reads it."""
 
     def __init__(self, part: Part) -> None:
-        self.data = part.inputs.contiguous().numpy()
+        dtype = getattr(torch, _stored(part.inputs))
+        self.data = part.inputs.contiguous().to(dtype).numpy()
         self.labels = part.labels.contiguous().numpy().astype(np.int64, copy=False)
 
     def arrays(self, indices: Array) -> dict[str, Array]:
@@ -356,7 +364,8 @@ def _feature_places(layout: Layout, shape: tuple[int, ...]) -> Array:
     return (layout.origin + c * layout.channel + y * layout.row + x * layout.column).ravel()
 
 
-_programs: dict[Any, Program] = {}
+NUM_PROGRAMS = 16  # that are kept: a study has a few recipes at most
+_programs: dict[str, Program] = {}
 
 
 def compiled_program(network: Network, task: Task) -> Program:
@@ -364,18 +373,19 @@ def compiled_program(network: Network, task: Task) -> Program:
     inputs = task.data.train.inputs
     if inputs.device.type != "cpu":
         raise Unsupported("`engine` must be one for this device; sparse is for the CPU.")
-    stored = str(inputs.dtype).removeprefix("torch.")
-    if stored not in STORED:
-        raise Unsupported(f"`data` must be bytes or floats for the sparse engine; got {stored}.")
     recipe = task.recipe
-    made = Program(network, recipe.batch_size, recipe.dtype, stored, rule(recipe))
+    made = Program(network, recipe.batch_size, recipe.dtype, _stored(inputs), rule(recipe))
     largest = max(layout.channel * (layout.channels + 1) for layout in made.layouts.values())
     if largest > np.iinfo(np.int32).max:
         raise Unsupported(
             f"`recipe.batch_size` must let a group of samples of every layer have at most 2^31 - 1 "
             f"numbers in the sparse engine; got {largest:,}. Use auto or separate."
         )
-    return _programs.setdefault(str(made), made)
+    if str(made) not in _programs:
+        while len(_programs) >= NUM_PROGRAMS:
+            del _programs[next(iter(_programs))]
+        _programs[str(made)] = made
+    return _programs[str(made)]
 
 
 def train(task: Task, state: State, pulse: Pulse = lambda *_: None) -> State:
