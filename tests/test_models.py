@@ -30,6 +30,10 @@ SMALLEST = {  # rows and columns of an image
     "resnet-20": 4,
     "resnet-56": 4,
     "resnet-110": 4,
+    "preresnet-110": 4,
+    "preresnet-164": 4,
+    "densenet-40": 4,
+    "densenet-bc-100": 4,
 }
 
 
@@ -103,7 +107,7 @@ class TestEveryModelOfTheZoo:
         sorts = {node.op for node in traced.graph.nodes}
         functions = {node.target for node in traced.graph.nodes if node.op == "call_function"}
         assert sorts <= {"placeholder", "call_module", "call_function", "output"}
-        assert functions <= {operator.add}
+        assert functions <= {operator.add, torch.cat}
         inputs = torch.ones(2, *SMALL)
         assert torch.equal(traced(inputs), module(inputs))
 
@@ -137,6 +141,10 @@ class TestEveryModelOfTheZoo:
         (models.Resnet_20(), CIFAR, 267_696 + 2_560 + 640, 2 * (16 + 6 * 112 + 96) + 10),
         (models.Resnet_56(), CIFAR, 848_304 + 2_560 + 640, 2 * (16 + 18 * 112 + 96) + 10),
         (models.Resnet_110(), CIFAR, 1_719_216 + 2_560 + 640, 2 * (16 + 36 * 112 + 96) + 10),
+        (models.Preresnet_110(), CIFAR, 1_719_216 + 2_560 + 640, 2 * 4_048 + 10),
+        (models.Preresnet_164(), CIFAR, 1_676_464 + 2_560, 2 * 12_112 + 10),
+        (models.Densenet_40(), CIFAR, 997_136 + 4_480, 2 * 9_048 + 10),
+        (models.Densenet_BC_100(), CIFAR, 741_744 + 3_420, 2 * 11_994 + 10),
     ],
 )
 def test_the_number_of_weights_is_the_papers(model, input_shape, expected, others):
@@ -192,6 +200,8 @@ def test_widths_round_to_the_nearest_size():
         (models.Resnet_20(), (3, 3, 32), 4),
         (models.Resnet_56(), (28, 28), 4),
         (models.Resnet_110(), (784,), 4),
+        (models.Preresnet_164(), (3, 3, 32), 4),
+        (models.Densenet_40(), (784,), 4),
     ],
 )
 def test_inputs_that_do_not_survive_pooling_are_refused(model, input_shape, smallest):

@@ -8,15 +8,17 @@ Each member builds an `nn.Module` that maps inputs [batch, *input_shape] to logi
     kinds(module, (3, 32, 32)) == {"conv1.weight": "convolution", ..., "output.weight": "output"}
 
 In the order of reading, each importing only from those before it: `sizes`; `plain`, `vgg`,
-`residual` (the zoo); `user`; `inspection`.
+`residual`, `preactivated`, `dense` (the zoo); `user`; `inspection`.
 """
 
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from windfall.models.dense import Densenet_40, Densenet_BC_100
 from windfall.models.inspection import Kind, Watch, check_outputs, kinds, observe
 from windfall.models.plain import Conv_2, Conv_4, Conv_6, Lenet_300_100, Mlp
+from windfall.models.preactivated import Preresnet_110, Preresnet_164
 from windfall.models.residual import Resnet_20, Resnet_56, Resnet_110
 from windfall.models.user import UserModel, as_model, is_importable, resolve, user_model
 from windfall.models.vgg import Vgg_11, Vgg_13, Vgg_16, Vgg_19
@@ -35,6 +37,10 @@ Model = Annotated[
     | Resnet_20
     | Resnet_56
     | Resnet_110
+    | Preresnet_110
+    | Preresnet_164
+    | Densenet_40
+    | Densenet_BC_100
     | UserModel,
     FAMILY,
 ]
@@ -44,11 +50,15 @@ __all__ = [
     "Conv_2",
     "Conv_4",
     "Conv_6",
+    "Densenet_40",
+    "Densenet_BC_100",
     "Kind",
     "Lenet_300_100",
     "Mlp",
     "Model",
     "ModelField",
+    "Preresnet_110",
+    "Preresnet_164",
     "Resnet_20",
     "Resnet_56",
     "Resnet_110",

@@ -1,0 +1,112 @@
+"""Residual networks that normalize before they convolve: nothing stands on the path that adds."""
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from windfall.models.sizes import Width, check_images, scaled
+from windfall.spec import Spec
+
+_CHANNELS = (16, 32, 64)  # of the three stages
+_BLOCKS = 18  # in a stage
+_EXPANSION = 4  # a bottleneck gives so many times the channels of its 3 x 3 convolution
+
+
+class _Block(nn.Module):
+    """Every convolution on relu(norm(.)) of what comes before it, and the shortcut added.
+
+    Args:
+        channels: of the inputs.
+        convs: of the residual branch, in order.
+        stride: of the whole block.
+    """
+
+    def __init__(self, channels: int, convs: list[nn.Conv2d], stride: int) -> None:
+        super().__init__()
+        for index, conv in enumerate(convs, start=1):
+            self.add_module(f"norm{index}", nn.BatchNorm2d(conv.in_channels))
+            self.add_module(f"relu{index}", nn.ReLU())
+            self.add_module(f"conv{index}", conv)
+        made, self.num_convs = convs[-1].out_channels, len(convs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or made != channels:
+            conv = nn.Conv2d(channels, made, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(OrderedDict(conv=conv))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs
+        for index in range(1, self.num_convs + 1):
+            for part in ("norm", "relu", "conv"):
+                hidden = self.get_submodule(f"{part}{index}")(hidden)
+        return hidden + self.shortcut(inputs)
+
+
+def _basic(channels: int, wide: int, stride: int) -> _Block:
+    convs = [
+        nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False),
+        nn.Conv2d(wide, wide, 3, padding=1, bias=False),
+    ]
+    return _Block(channels, convs, stride)
+
+
+def _bottleneck(channels: int, wide: int, stride: int) -> _Block:
+    convs = [
+        nn.Conv2d(channels, wide, 1, bias=False),
+        nn.Conv2d(wide, wide, 3, stride, padding=1, bias=False),
+        nn.Conv2d(wide, _EXPANSION * wide, 1, bias=False),
+    ]
+    return _Block(channels, convs, stride)
+
+
+def _preresnet(
+    model: "Preresnet_110 | Preresnet_164",
+    input_shape: tuple[int, ...],
+    num_classes: int,
+) -> nn.Module:
+    check_images(model, input_shape, len(_CHANNELS) - 1)
+    is_deep = isinstance(model, Preresnet_164)
+    channels = scaled(_CHANNELS[0], model.width)
+    parts: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(input_shape[0], channels, 3, padding=1, bias=False)
+    }
+    for stage, size in enumerate(_CHANNELS, start=1):
+        wide = scaled(size, model.width)
+        blocks: dict[str, nn.Module] = {}
+        for index in range(1, _BLOCKS + 1):
+            stride = 2 if stage > 1 and index == 1 else 1
+            blocks[f"block{index}"] = (_bottleneck if is_deep else _basic)(channels, wide, stride)
+            channels = wide * _EXPANSION if is_deep else wide
+        parts[f"stage{stage}"] = nn.Sequential(OrderedDict(blocks))
+    parts["norm"], parts["relu"] = nn.BatchNorm2d(channels), nn.ReLU()
+    parts["mean"], parts["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    parts["output"] = nn.Linear(channels, num_classes)
+    return nn.Sequential(OrderedDict(parts))
+
+
+class Preresnet_110(Spec):
+    """A 3 x 3 convolution, and three stages of 18 blocks of two 3 x 3 convolutions.
+
+    The stages have 16, 32 and 64 channels; the second and third begin with a stride of 2, which the
+    shortcut takes by a 1 x 1 convolution. 1,722,416 weights on CIFAR-10.
+
+    Source: He et al. 2016 (1603.05027), section 3 and Fig. 4(e).
+    """
+
+    width: Width = 1.0
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
+        return _preresnet(self, input_shape, num_classes)
+
+
+class Preresnet_164(Spec):
+    """`Preresnet_110` with bottlenecks: 1 x 1, 3 x 3 and 1 x 1 to four times the channels.
+
+    Source: He et al. 2016 (1603.05027), section 3 and Fig. 4(e).
+    """
+
+    width: Width = 1.0
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
+        return _preresnet(self, input_shape, num_classes)
