@@ -8,7 +8,7 @@ from windfall.criteria import Criterion, Evidence, Magnitude, MagnitudeIncrease,
 from windfall.prune import Prune
 from windfall.selection import Global, Layerwise
 
-MEMBERS = [member() for member in spec.members(Criterion).values()]
+MEMBERS = [m() for m in spec.members(Criterion).values() if m.prunes == "weights"]
 SHAPES = {"conv.weight": (4, 3, 3, 3), "hidden.weight": (7, 5), "output.weight": (3, 7)}
 KINDS = {"conv.weight": "convolution", "hidden.weight": "hidden", "output.weight": "output"}
 

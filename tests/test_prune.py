@@ -8,7 +8,7 @@ import torch
 from windfall import masks, seeds, spec
 from windfall.criteria import Criterion, Evidence, Magnitude, MagnitudeIncrease, Random
 from windfall.prune import Continue, LearningRate, Prune, Rewind, ToStep
-from windfall.selection import Global, Layerwise, Selection
+from windfall.selection import Global, Layerwise, Ratios
 from windfall.spec import SpecError
 
 SHAPES = {"conv.weight": (6, 3, 3, 3), "hidden.weight": (20, 12), "output.weight": (5, 20)}
@@ -16,8 +16,9 @@ KINDS = {"conv.weight": "convolution", "hidden.weight": "hidden", "output.weight
 LEVELS = 5
 EVERY = [
     pytest.param(Prune(criterion=criterion, selection=selection), id=f"{criterion}-{selection}")
-    for criterion in spec.members(Criterion)
-    for selection in spec.members(Selection)
+    for criterion, member in spec.members(Criterion).items()
+    if member.prunes == "weights"
+    for selection in (Layerwise(), Global(), Ratios(removed=(0.1, 0.3, 0.05)))
 ]
 
 
@@ -97,6 +98,13 @@ def test_a_diverged_network_cannot_be_pruned():
         ({"criterion": {"kind": "magnitude", "p": 1}}, "`criterion` has no field `p`"),
         ({"selection": {"hidden": 1.2}}, "`selection.hidden` must be less than 1; got 1.2"),
         ({"selection": {"kind": "global", "rate": "x"}}, "`selection.rate` must be a valid number"),
+        ({"criterion": "thinet"}, r"`criterion` must judge what `structure` removes, weights; got"),
+        ({"structure": "channels"}, r"removes, channels; got magnitude, which judges weights"),
+        ({"adjust": "refit"}, r"`adjust` refit must go with structure channels; got weights"),
+        (
+            {"selection": {"kind": "published", "target": "vgg-16-a"}},
+            r"`selection` published must go with structure channels; got weights",
+        ),
         ({"method": "magnitude"}, "Has no field `method`. .*Known: criterion, selection"),
     ],
 )

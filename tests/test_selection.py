@@ -8,8 +8,17 @@ from fractions import Fraction
 import pytest
 import torch
 
-from windfall import masks, models, seeds, spec
-from windfall.selection import Global, Layerwise, Selection, highest, remaining, uniform
+from windfall import masks, models, seeds, spec, structure
+from windfall.selection import (
+    Global,
+    Layerwise,
+    Published,
+    Ratios,
+    Selection,
+    highest,
+    remaining,
+    uniform,
+)
 from windfall.spec import SpecError
 
 KINDS = {"conv.weight": "convolution", "hidden.weight": "hidden", "output.weight": "output"}
@@ -23,6 +32,7 @@ SELECTIONS = [
     Global(rate=0.35),
     Global(rate=0.3, exclude=("output",)),
     Global(rate=0.3, exclude=("hidden", "output")),
+    Ratios(removed=(0.25, 0.4, 0.1)),
 ]
 
 
@@ -245,7 +255,8 @@ class TestEverySelection:
 
 
 def test_every_member_is_tested():
-    assert {type(selection) for selection in SELECTIONS} == set(spec.members(Selection).values())
+    tested = {type(selection) for selection in SELECTIONS}
+    assert tested | {Published} == set(spec.members(Selection).values())
 
 
 @pytest.mark.parametrize(
@@ -361,11 +372,66 @@ def test_a_rate_that_empties_a_layer_is_refused_by_the_layers_name():
         Layerwise(output=0.5).select(scores(), everything(), KINDS, 8)
 
 
-def test_a_global_threshold_that_empties_a_layer_is_refused_by_the_layers_name():
+def test_a_global_threshold_leaves_the_best_of_every_layer():
     scored = scores()
     scored["hidden.weight"] -= 100
-    with pytest.raises(SpecError, match=r"got 0 of `hidden\.weight` at level 3"):
-        Global(rate=0.5).select(scored, everything(), KINDS, 3)
+    selection = Global(rate=0.5)
+    found = selection.select(scored, everything(), KINDS, 3)
+    assert masks.kept(found)["hidden.weight"] == 1
+    assert bool(found["hidden.weight"].flatten()[scored["hidden.weight"].argmax()])
+    assert sum(masks.kept(found).values()) == selection.counts(SIZES, KINDS, 3)[""]
+
+
+# -- channels ---------------------------------------------------------------------------------
+
+
+def test_a_list_of_the_wrong_length_is_refused_with_the_names_of_what_it_is_for():
+    message = (
+        r"`prune\.selection\.removed` must have a fraction for each of 3; got 2\. They are, in"
+        r" order: conv\.weight, hidden\.weight, output\.weight\."
+    )
+    with pytest.raises(SpecError, match=message):
+        Ratios(removed=(0.5, 0.5)).counts(SIZES, KINDS, 1)
+
+
+def test_a_ratio_that_empties_a_layer_is_refused_by_its_name():
+    with pytest.raises(SpecError, match=r"got 0 of `output\.weight` at level 1"):
+        Ratios(removed=(0.5, 0.5, 0.999)).counts(SIZES, KINDS, 1)
+
+
+def groups_of(model):
+    return {g.name: g.size for g in structure.trace(model.build((3, 32, 32), 10), (3, 32, 32))}
+
+
+def test_vgg_16_a_is_the_papers():
+    sizes = groups_of(models.Vgg_16())
+    counts = Published(target="vgg-16-a").counts(sizes, dict.fromkeys(sizes, "convolution"), 1)
+    assert list(counts.values()) == [32, 64, 128, 128, 256, 256, 256] + [256] * 6
+
+
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [
+        # 1608.08710's fractions of 16, 32 and 64 channels, rounded down; sensitive blocks whole
+        ("resnet-56-a", [14] * 7 + [16, 14, 32] + [28] * 8 + [64] + [57] * 7 + [64]),
+        ("resnet-56-b", [6] * 7 + [16, 16, 32] + [22] * 6 + [32, 22, 64] + [57] * 7 + [64]),
+        ("resnet-110-a", [8] * 17 + [16] + [32] * 18 + [64] * 18),
+        ("resnet-110-b", [8] * 17 + [16, 32] + [19] * 17 + [64] + [44] * 17),
+    ],
+)
+def test_the_residual_networks_are_the_papers(target, kept):
+    model = models.Resnet_56() if "56" in target else models.Resnet_110()
+    sizes = groups_of(model)
+    counts = Published(target=target).counts(sizes, dict.fromkeys(sizes, "convolution"), 1)
+    assert [count for name, count in counts.items() if ".conv1." in name] == kept
+    shared = {name: count for name, count in counts.items() if ".conv1." not in name}
+    assert shared == {name: sizes[name] for name in shared}
+
+
+def test_a_published_network_of_another_is_refused():
+    sizes = groups_of(models.Vgg_11(width=0.125))
+    with pytest.raises(SpecError, match=r"`prune\.selection` resnet-56-a must prune channels of"):
+        Published(target="resnet-56-a").counts(sizes, {}, 1)
 
 
 def test_a_global_count_below_the_number_of_layers_is_refused_before_any_score_is_known():

@@ -2,37 +2,23 @@
 
 A criterion scores every prunable weight; the highest scores stay. It may see the weights at
 initialization (theta_0) and after training (theta_T). Scores are finite, of the weights' shape.
+The family holds the criteria for channels (`filters`) too.
 
     scores = Magnitude().score(Evidence(initial, trained, seed=0, level=1), names)
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from windfall import seeds
-from windfall.masks import Params, Scores
+from windfall.evidence import Evidence
+from windfall.filters import FeatureReconstruction, FilterNorm, NormalizationScale, Thinet
+from windfall.masks import Scores
 from windfall.spec import FAMILY, Spec
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a criterion may look at.
-
-    Args:
-        initial: theta_0, the parameters the network was initialized with.
-        trained: theta_T, the parameters at the end of training.
-        seed: the run's seed.
-        level: the level whose mask is sought, at least 1.
-    """
-
-    initial: Params
-    trained: Params
-    seed: int
-    level: int
+from windfall.structure import Unit
 
 
 class Magnitude(Spec):
@@ -41,6 +27,8 @@ class Magnitude(Spec):
     Source: Frankle & Carbin 2019 (1803.03635), section 2; `large_final` of Zhou et al. 2019.
     """
 
+    prunes: ClassVar[Unit] = "weights"
+
     def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
         """Scores per weight name."""
         return {name: evidence.trained[name].abs() for name in names}
@@ -48,6 +36,8 @@ class Magnitude(Spec):
 
 class Random(Spec):
     """Keep weights at random: s ~ U(0, 1) from the stream `prune` of the seed and level."""
+
+    prunes: ClassVar[Unit] = "weights"
 
     def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
         """Scores per weight name."""
@@ -63,6 +53,8 @@ class MagnitudeIncrease(Spec):
     Source: Zhou et al. 2019 (1905.01067), section 3.
     """
 
+    prunes: ClassVar[Unit] = "weights"
+
     def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
         """Scores per weight name."""
         return {name: evidence.trained[name].abs() - evidence.initial[name].abs() for name in names}
@@ -73,4 +65,15 @@ def _uniform(evidence: Evidence, index: int, like: Tensor) -> Tensor:
     return torch.from_numpy(draws).reshape(like.shape)
 
 
-Criterion = Annotated[Magnitude | Random | MagnitudeIncrease, FAMILY]
+Criterion = Annotated[
+    Magnitude
+    | Random
+    | MagnitudeIncrease
+    | FilterNorm
+    | NormalizationScale
+    | Thinet
+    | FeatureReconstruction,
+    FAMILY,
+]
+
+__all__ = ["Criterion", "Evidence", "Magnitude", "MagnitudeIncrease", "Random"]

@@ -1,32 +1,63 @@
-"""Pruning and rewinding as values: Prune = criterion x selection; Rewind = where survivors restart.
+"""Pruning and rewinding as values: Prune = criterion x selection x structure x adjust; Rewind.
 
 new = Prune(criterion="magnitude", selection="layerwise").masks(evidence, masks, kinds)
+
+slimming = Prune(criterion="normalization-scale", selection="global", structure="channels")
+thinet = Prune(criterion="thinet", structure="channels", adjust="rescale")
 """
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from windfall.adjust import Adjust, Refit, Rescale
 from windfall.criteria import Criterion, Evidence, Magnitude
 from windfall.masks import Masks
 from windfall.models import Kind
-from windfall.selection import Layerwise, Selection
-from windfall.spec import FAMILY, Spec
+from windfall.selection import Layerwise, Published, Selection
+from windfall.spec import FAMILY, Spec, later, tag
+from windfall.structure import Channels, Structure, Weights
 
 
 class Prune(Spec):
-    """How a mask is found.
+    """How it is found what stays.
 
     Args:
-        criterion: which weights matter.
+        criterion: which weights, or channels, matter.
         selection: how many stay, and where.
+        structure: what is removed: single weights, or whole channels.
+        adjust: how the weights that stay make up for removed channels; None is not at all.
     """
 
     criterion: Criterion = Magnitude()
     selection: Selection = Layerwise()
+    structure: Structure = later(Weights(), absent=Weights())
+    adjust: Adjust | None = later(None, absent=None)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Prune":
+        unit, name = self.criterion.prunes, tag(type(self.structure))
+        if unit != name:
+            raise ValueError(
+                f"`criterion` must judge what `structure` removes, {name}; got"
+                f" {tag(type(self.criterion))}, which judges {unit}"
+            )
+        for what, value in (("adjust", self.adjust), ("selection", self.selection)):
+            if name == "weights" and isinstance(value, Published | Rescale | Refit):
+                raise ValueError(
+                    f"`{what}` {tag(type(value))} must go with structure channels; got weights"
+                )
+        return self
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether channels are removed, and the network becomes smaller."""
+        return isinstance(self.structure, Channels)
 
     def masks(self, evidence: Evidence, alive: Masks, kinds: dict[str, Kind]) -> Masks:
         """The masks of the evidence's level, nested in `alive`, of exact counts.
+
+        Of weights by their names; or of channels by their groups' names, of the shape [channel].
 
         Raises:
             SpecError: when a tensor would be emptied; the message names it.
@@ -65,15 +96,17 @@ class LearningRate(Spec):
 
 
 class Continue(Spec):
-    """No rewinding: survivors keep their trained values and train on at the schedule's last rate.
+    """No rewinding: survivors keep their trained values and train on at a constant rate.
 
     Source: Han et al. 2015; Liu et al. 2019 (1810.05270), fine-tuning.
 
     Args:
         steps: how many steps, at least 1, on data that follows the parent's in the same order.
+        learning_rate: above 0; None is the schedule's last.
     """
 
     steps: int = Field(ge=1)
+    learning_rate: float | None = later(None, absent=None, gt=0)
 
 
 Rewind = Annotated[ToStep | LearningRate | Continue, FAMILY]

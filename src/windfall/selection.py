@@ -8,13 +8,13 @@ the weight. Among equal scores the earlier position stays.
 """
 
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from windfall.masks import Masks, Scores, flat, kept, sizes
+from windfall.masks import Masks, Scores, flat, sizes
 from windfall.models import Kind
 from windfall.spec import FAMILY, Spec, SpecError
 
@@ -99,7 +99,7 @@ class Layerwise(Spec):
 
 
 class Global(Spec):
-    """One threshold for the whole network.
+    """One threshold for the whole network; the best of every tensor stays whatever its score.
 
     Args:
         rate: fraction of all survivors removed per level, in [0, 1).
@@ -143,21 +143,109 @@ class Global(Spec):
         return {"": count, **spared}
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
-        """The masks of a level, nested in `alive`.
-
-        Raises:
-            SpecError: when a tensor would be emptied; the message names it.
-        """
+        """The masks of a level, nested in `alive`."""
         pool = {name: mask for name, mask in alive.items() if kinds[name] not in self.exclude}
         count = self.counts(sizes(alive), kinds, level)[""]
         joined = torch.cat([scores[name].flatten() for name in pool])
-        chosen = highest(joined, flat(pool), count).split([m.numel() for m in pool.values()])
+        best = flat({name: highest(scores[name], mask, 1) for name, mask in pool.items()})
+        others = highest(joined, flat(pool) & ~best, count - len(pool))
+        chosen = (best | others).split([mask.numel() for mask in pool.values()])
         new = {n: part.reshape(pool[n].shape) for n, part in zip(pool, chosen, strict=True)}
-        _refuse_empty(kept(new), level)
         return {name: new.get(name, mask.clone()) for name, mask in alive.items()}
 
 
-Selection = Annotated[Layerwise | Global, FAMILY]
+class Ratios(Spec):
+    """Each tensor, or group of channels, by itself, at a fraction of its own.
+
+    Args:
+        removed: the fractions of survivors removed per level, each in [0, 1), one for every tensor
+            or group that may be pruned, in the order of the network.
+    """
+
+    removed: tuple[Rate, ...] = Field(min_length=1)
+
+    def counts(self, totals: dict[str, int], kinds: dict[str, Kind], level: int) -> dict[str, int]:  # noqa: ARG002
+        """The count each tensor keeps at a level, from the tensors' sizes.
+
+        Raises:
+            SpecError: when there are more or fewer fractions than tensors, or one would be emptied.
+        """
+        if len(self.removed) != len(totals):
+            raise SpecError(
+                f"`prune.selection.removed` must have a fraction for each of {len(totals)}; got"
+                f" {len(self.removed)}. They are, in order: {', '.join(totals)}."
+            )
+        pairs = zip(totals.items(), self.removed, strict=True)
+        counts = {name: remaining(size, rate, level) for (name, size), rate in pairs}
+        return _refuse_empty(counts, level)
+
+    def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
+        """The masks of a level, nested in `alive`."""
+        counts = self.counts(sizes(alive), kinds, level)
+        return {n: highest(scores[n], mask, counts[n]) for n, mask in alive.items()}
+
+
+Target = Literal["vgg-16-a", "resnet-56-a", "resnet-56-b", "resnet-110-a", "resnet-110-b"]
+_BLOCKS = {"resnet-56": 9, "resnet-110": 18}  # in a stage
+_STAGES: dict[Target, tuple[tuple[float, float, float], tuple[int, ...]]] = {
+    # of each stage the fraction removed; the blocks of all stages, from 1, that are left whole
+    "resnet-56-a": ((0.1, 0.1, 0.1), (8, 10, 19, 27)),
+    "resnet-56-b": ((0.6, 0.3, 0.1), (8, 9, 10, 17, 19, 27)),
+    "resnet-110-a": ((0.5, 0.0, 0.0), (18,)),
+    "resnet-110-b": ((0.5, 0.4, 0.3), (18, 19, 37)),
+}
+
+
+class Published(Spec):
+    """The channels of a network that the literature prunes to, for the zoo's network of that name.
+
+    Of VGG-16, half of the first convolution's and of the last six's; of a residual network, the
+    stages' fractions of the first convolution in each block, but for the blocks most sensitive.
+    Counts are rounded down.
+
+    Source: Li et al. 2017 (1608.08710), Table 1, as 1810.05270's code has them.
+
+    Args:
+        target: one of the networks.
+    """
+
+    target: Target
+
+    def removed(self) -> dict[str, float]:
+        """The fractions removed by group's name; groups that are not among them stay whole."""
+        if self.target == "vgg-16-a":
+            return {f"conv{index}.weight": 0.5 for index in (1, *range(8, 14))}
+        fractions, whole = _STAGES[self.target]
+        length = _BLOCKS[self.target.rpartition("-")[0]]
+        return {
+            f"stage{stage}.block{block}.conv1.weight": fraction
+            for stage, fraction in enumerate(fractions, start=1)
+            for block in range(1, length + 1)
+            if fraction and (stage - 1) * length + block not in whole
+        }
+
+    def counts(self, totals: dict[str, int], kinds: dict[str, Kind], level: int) -> dict[str, int]:  # noqa: ARG002
+        """The count each group keeps at a level, from the groups' sizes.
+
+        Raises:
+            SpecError: when the network is another one.
+        """
+        removed = self.removed()
+        missing = [name for name in removed if name not in totals]
+        if missing:
+            raise SpecError(
+                f"`prune.selection` {self.target} must prune channels of the network of that name,"
+                f" whose `{missing[0]}` this one has not; use layerwise, global or ratios."
+            )
+        return {n: int(s * (1 - _decimal(removed.get(n, 0.0))) ** level) for n, s in totals.items()}
+
+    def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
+        """The masks of a level, nested in `alive`."""
+        counts = self.counts(sizes(alive), kinds, level)
+        return {n: highest(scores[n], mask, counts[n]) for n, mask in alive.items()}
+
+
+Selection = Annotated[Layerwise | Global | Ratios | Published, FAMILY]
 
 
 def uniform(totals: dict[str, int], count: int) -> dict[str, int]:

@@ -14,23 +14,22 @@ dictionaries of them, so that a smaller network is its model and the shapes of i
 """
 
 import copy
+import fnmatch
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch_pruning.ops import OPTYPE
 
 from windfall import limits, models, seeds
 from windfall.initialize import Layer, Transposed
 from windfall.masks import Masks, Params
-from windfall.spec import SpecError
+from windfall.spec import FAMILY, Spec, SpecError, nearest
 
 Normalization = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 ROOTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that make channels
@@ -38,6 +37,7 @@ TRACE_SECONDS, TRACE_BYTES = 60.0, 2 * 2**30
 TOLERANCE = 1e-9  # relative, in float64: rounding of sums of another length
 
 Shapes = Mapping[str, tuple[int, ...]]
+Unit = Literal["weights", "channels"]  # what is pruned one by one
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class Group:
 
     Args:
         name: of the weight of the first layer that makes them.
-        makers: names of the weights of all layers that make them.
+        makers: the weights of all layers that make them, by name, with the axis of what is made.
+        scales: the names of the weights of their batch normalizations.
         slots: their places in all tensors, those that only read them included.
     """
 
     name: str
-    makers: tuple[str, ...]
+    makers: Mapping[str, int]
+    scales: tuple[str, ...]
     slots: tuple[Slot, ...]
 
     @property
@@ -78,17 +80,17 @@ class Group:
 # -- tensors: masked and shrunk --------------------------------------------------------------------
 
 
-def _alive(groups: Sequence[Group], channels: Masks, like: Params) -> dict[str, dict[int, Tensor]]:
+def alive(groups: Sequence[Group], channels: Masks, like: Params) -> dict[str, dict[int, Tensor]]:
     """Which positions stay, by tensor and axis; tensors and axes that lose nothing are left out."""
-    alive: dict[str, dict[int, Tensor]] = {}
+    stays: dict[str, dict[int, Tensor]] = {}
     for group in groups:
         dead = (~channels[group.name]).nonzero().flatten().tolist()
         for slot in group.slots if dead else ():
-            axes = alive.setdefault(slot.tensor, {})
+            axes = stays.setdefault(slot.tensor, {})
             size = like[slot.tensor].shape[slot.axis]
             stay = axes.setdefault(slot.axis, torch.ones(size, dtype=torch.bool))
             stay[[place for channel in dead for place in slot.places[channel]]] = False
-    return alive
+    return stays
 
 
 def masks(groups: Sequence[Group], channels: Masks, like: Params) -> Masks:
@@ -100,7 +102,7 @@ def masks(groups: Sequence[Group], channels: Masks, like: Params) -> Masks:
         like: the whole network's parameters and buffers.
     """
     found: Masks = {}
-    for name, axes in _alive(groups, channels, like).items():
+    for name, axes in alive(groups, channels, like).items():
         mask = torch.ones(like[name].shape, dtype=torch.bool)
         for axis, stay in axes.items():
             mask &= stay.reshape([-1 if a == axis else 1 for a in range(mask.dim())])
@@ -110,11 +112,11 @@ def masks(groups: Sequence[Group], channels: Masks, like: Params) -> Masks:
 
 def shrunk(tensors: Params, groups: Sequence[Group], channels: Masks) -> Params:
     """The tensors without the channels that do not stay; none shares its storage."""
-    alive = _alive(groups, channels, tensors)
+    stays = alive(groups, channels, tensors)
     smaller: Params = {}
     for name, tensor in tensors.items():
         kept = tensor.detach().clone()
-        for axis, stay in alive.get(name, {}).items():
+        for axis, stay in stays.get(name, {}).items():
             kept = kept.index_select(axis, stay.nonzero().flatten().to(kept.device))
         smaller[name] = kept
     return smaller
@@ -222,13 +224,16 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 def _ordered(own: nn.Module, groups: list[Group]) -> list[Group]:
-    place = {name: index for index, (name, _) in enumerate(own.named_parameters())}
-    named = [
-        replace(group, makers=makers, name=makers[0])
-        for group in groups
-        if (makers := tuple(sorted(group.makers, key=place.__getitem__)))
-    ]
-    return sorted(named, key=lambda group: place[group.name])
+    tensors = [*dict(own.named_parameters()), *dict(own.named_buffers())]
+    place = {name: index for index, name in enumerate(tensors)}
+
+    def ordered(group: Group) -> Group:
+        names = sorted(group.makers, key=place.__getitem__)
+        scales = tuple(sorted(group.scales, key=place.__getitem__))
+        slots = tuple(sorted(group.slots, key=lambda slot: (place[slot.tensor], slot.axis)))
+        return Group(names[0], {name: group.makers[name] for name in names}, scales, slots)
+
+    return sorted(map(ordered, groups), key=lambda group: place[group.name])
 
 
 def _refused(module: nn.Module, why: str) -> SpecError:
@@ -240,6 +245,8 @@ def _refused(module: nn.Module, why: str) -> SpecError:
 
 
 def _proposed(own: nn.Module, input_shape: tuple[int, ...]) -> Iterator[Group | None]:
+    import torch_pruning  # here: it takes a while, and most studies need none of it
+
     graph = torch_pruning.DependencyGraph()
     inputs = torch.zeros(2, *input_shape, dtype=torch.float64)
     with seeds.isolated(0, "structure"), warnings.catch_warnings(), torch.enable_grad():
@@ -296,11 +303,12 @@ class _Place:
 
 def _group(graph: Any, found: Any, paths: Mapping[int, str]) -> Group | None:
     """The group that Torch-Pruning found; None if one of its layers cannot lose channels."""
-    makers: list[str] = []
+    makers: dict[str, int] = {}
+    scales: list[str] = []
     places: list[_Place] = []
     for item in found:
         part, kind = item.dep.target.module, item.dep.target.type
-        if kind == OPTYPE.OUTPUT or isinstance(part, nn.Parameter):
+        if kind == graph.ops.OPTYPE.OUTPUT or isinstance(part, nn.Parameter):
             return None
         if id(part) not in paths:  # an addition, a concatenation: nothing of its own
             continue
@@ -309,14 +317,16 @@ def _group(graph: Any, found: Any, paths: Mapping[int, str]) -> Group | None:
         if axes is None:
             return None
         if makes and isinstance(part, Layer) and not _is_depthwise(part):
-            makers.append(f"{path}.weight")
+            makers[f"{path}.weight"] = axes[0][1]
+        if isinstance(part, Normalization) and part.affine:
+            scales.append(f"{path}.weight")
         period = _period(part, makes=makes)
         places += [
             _Place(f"{path}.{name}", axis, item.idxs, item.root_idxs, period, not makes)
             for name, axis in axes
             if getattr(part, name) is not None
         ]
-    return _coupled(tuple(makers), places)
+    return _coupled(makers, tuple(scales), places)
 
 
 def _period(part: nn.Module, *, makes: bool) -> int | None:
@@ -326,7 +336,9 @@ def _period(part: nn.Module, *, makes: bool) -> int | None:
     return whole // part.groups if part.groups > 1 else None
 
 
-def _coupled(makers: tuple[str, ...], places: list[_Place]) -> Group | None:
+def _coupled(
+    makers: Mapping[str, int], scales: tuple[str, ...], places: list[_Place]
+) -> Group | None:
     """The group whose channels are those of the places, or several where they go together."""
     leader = {channel: channel for place in places for channel in place.channels}
 
@@ -352,7 +364,7 @@ def _coupled(makers: tuple[str, ...], places: list[_Place]) -> Group | None:
         for position, channel in zip(place.positions, place.channels, strict=True):
             lies[first(channel)].add(position if period is None else position % period)
         slots.append(Slot(place.tensor, place.axis, tuple(tuple(sorted(lies[c])) for c in leaders)))
-    return Group(makers[0], makers, tuple(slots))
+    return Group(next(iter(makers)), makers, scales, tuple(slots))
 
 
 def _axes(part: nn.Module, *, makes: bool) -> list[tuple[str, int]] | None:
@@ -420,3 +432,54 @@ def _some(draws: Any) -> Tensor:
     keep[int(draws.argmin())] = True
     keep[int(draws.argmax())] = False
     return keep
+
+
+# -- what is pruned, as a value --------------------------------------------------------------------
+
+
+class Weights(Spec):
+    """Single weights, each by itself: masks, and the network keeps its size."""
+
+
+class Channels(Spec):
+    """Whole channels, with all that makes and reads them: the network becomes smaller.
+
+    Args:
+        exclude: groups left whole, by the name of their first layer's weight; `*` stands for any
+            text (`stage*.conv2.weight`).
+        shared: prune also channels that several layers make, such as those that residual blocks
+            add to.
+    """
+
+    exclude: tuple[str, ...] = ()
+    shared: bool = True
+
+    def of(self, groups: Iterable[Group]) -> dict[str, Group]:
+        """The groups that may lose channels, by name.
+
+        Raises:
+            SpecError: when there is none, or a name in `exclude` fits none.
+        """
+        groups = tuple(groups)
+        names = [group.name for group in groups]
+        for pattern in self.exclude:
+            if not fnmatch.filter(names, pattern):
+                raise SpecError(
+                    f"`prune.structure.exclude` must name groups of channels; `{pattern}` fits"
+                    f" none.{nearest(pattern, names)}"
+                )
+        found = {
+            group.name: group
+            for group in groups
+            if (self.shared or len(group.makers) == 1)
+            and not any(fnmatch.fnmatchcase(group.name, pattern) for pattern in self.exclude)
+        }
+        if not found:
+            raise SpecError(
+                "`prune.structure` must leave a group of channels to prune; got none of"
+                f" {', '.join(names)}."
+            )
+        return found
+
+
+Structure = Annotated[Weights | Channels, FAMILY]

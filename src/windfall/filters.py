@@ -1,0 +1,149 @@
+"""Filters: which channels of a network matter.
+
+A criterion for channels gives each channel of a group a number; the highest stay. It may see the
+trained weights, and what the network makes of training inputs.
+
+    FilterNorm().score(evidence, ["conv1.weight"])  # a number for each channel, by group's name
+"""
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from windfall import reconstruction, seeds
+from windfall.evidence import Evidence
+from windfall.masks import Scores
+from windfall.reconstruction import Array
+from windfall.spec import Spec, SpecError
+from windfall.structure import Group, Unit
+
+NUM_IMAGES, NUM_SAMPLES = 500, 5000  # 1707.06168, section 4.1: ten positions of 500 images
+
+
+class FilterNorm(Spec):
+    """Keep the channels whose filters are large: s_j = sum of |W_j|, or the root of that of W_j².
+
+    A channel that several layers make (the sum of a residual stage) has the filters of all.
+
+    Source: order 1, Li et al. 2017 (1608.08710), section 3.1; order 2, He et al. 2018 (1808.06866),
+    section 3.2, eq. 2.
+
+    Args:
+        order: 1 or 2.
+    """
+
+    prunes: ClassVar[Unit] = "channels"
+    order: Literal[1, 2] = 1
+
+    def refuse(self, groups: Iterable[Group]) -> None:
+        """No network is unfit."""
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """A number for each channel, by group's name."""
+        return {name: self._norms(evidence, evidence.groups[name]) for name in names}
+
+    def _norms(self, evidence: Evidence, group: Group) -> Tensor:
+        total = torch.zeros(group.size, dtype=torch.float64)
+        for slot in group.slots:
+            if slot.tensor in group.makers and slot.axis == group.makers[slot.tensor]:
+                filters = evidence.trained[slot.tensor].double().movedim(slot.axis, 0).flatten(1)
+                sizes = filters.abs().pow(self.order).sum(1)
+                total += torch.stack([sizes[list(at)].sum() for at in slot.places])
+        return total if self.order == 1 else total.sqrt()
+
+
+class NormalizationScale(Spec):
+    """Keep the channels that their normalization scales most: s_j = mean |gamma_j|.
+
+    The mean is over all normalizations of the channel: one after a convolution of VGG, those of all
+    layers that read a channel in networks that normalize first.
+
+    Source: Liu et al. 2017 (1708.06519), section 3.3 (Network Slimming), to be used with the
+    recipe's `penalty`. There, networks that normalize first are given layers that select the inputs
+    of each convolution by itself; here a channel goes whole.
+    """
+
+    prunes: ClassVar[Unit] = "channels"
+
+    def refuse(self, groups: Iterable[Group]) -> None:
+        """Refuse, by a `SpecError`, a network with channels that are not normalized."""
+        for group in groups:
+            if not group.scales:
+                raise SpecError(
+                    "`prune.criterion` normalization-scale must be used where all channels that may"
+                    f" be pruned are batch-normalized; those of `{group.name}` are not. Use"
+                    " filter-norm, or name that layer in `prune.structure.exclude`."
+                )
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """A number for each channel, by group's name."""
+        self.refuse(evidence.groups[name] for name in names)
+        return {name: self._scales(evidence, evidence.groups[name]) for name in names}
+
+    def _scales(self, evidence: Evidence, group: Group) -> Tensor:
+        sizes: list[Tensor] = []
+        for slot in group.slots:
+            if slot.tensor in group.scales:
+                scales = evidence.trained[slot.tensor].abs()
+                sizes.append(torch.stack([scales[list(at)].mean() for at in slot.places]))
+        return torch.stack(sizes).double().mean(0)
+
+
+class _Reconstructing(Spec):
+    """What the criteria that look at layers' inputs share.
+
+    Args:
+        num_images: of the training part, that the network is shown, at least 1.
+        num_samples: outputs of every layer that reads the channels, at least 1.
+    """
+
+    prunes: ClassVar[Unit] = "channels"
+    num_images: int = Field(default=NUM_IMAGES, ge=1)
+    num_samples: int = Field(default=NUM_SAMPLES, ge=1)
+
+    def refuse(self, groups: Iterable[Group]) -> None:
+        """No network is unfit for its groups alone."""
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """A number for each channel, by group's name."""
+        network, inputs = evidence.seen(self.num_images)
+        place = {name: index for index, name in enumerate(evidence.groups)}
+        scores: Scores = {}
+        for name in names:
+            stream = seeds.stream(evidence.seed, "prune", evidence.level, place[name])
+            group = evidence.groups[name]
+            sampled = reconstruction.contributions(network, group, inputs, stream, self.num_samples)
+            scores[name] = torch.from_numpy(self._of(sampled))
+        return scores
+
+    def _of(self, sampled: Array) -> Array:
+        raise NotImplementedError
+
+
+class Thinet(_Reconstructing):
+    """Keep the channels without which the next layer's outputs change most.
+
+    Channels are removed one by one, each time the one with which the summed contributions of those
+    removed stay smallest; a channel's number is its place in that order.
+
+    Source: Luo, Wu & Lin 2017 (1707.06342), section 3.2.
+    """
+
+    def _of(self, sampled: Array) -> Array:
+        order = reconstruction.greedy_removal(sampled)
+        ranks = torch.empty(len(order), dtype=torch.float64)
+        ranks[order] = torch.arange(len(order), dtype=torch.float64)
+        return ranks.numpy()
+
+
+class FeatureReconstruction(_Reconstructing):
+    """Keep the channels that a LASSO regression of the next layer's outputs keeps longest.
+
+    Source: He, Zhang & Sun 2017 (1707.06168), section 3.1.
+    """
+
+    def _of(self, sampled: Array) -> Array:
+        return reconstruction.lasso_strengths(sampled)
