@@ -206,6 +206,23 @@ def test_channels_that_all_stay_change_nothing(name):
     assert str(same) == str(network)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_channels_go_one_after_the_other_as_at_once(name):
+    build, shape = NETWORKS[name]
+    whole = tensors(drawn(build))
+    groups = structure.trace(build(), shape)
+    first = half(groups)
+    own = structure.restricted(groups, first, whole)
+    then = {group.name: torch.arange(group.size) % 3 != 1 for group in own}
+    twice = structure.shrunk(structure.shrunk(whole, groups, first), own, then)
+    both = {name: stay.clone() for name, stay in first.items()}
+    for name, stay in then.items():
+        both[name][first[name]] = stay
+    at_once = structure.shrunk(whole, groups, both)
+    assert {group.name: group.size for group in own} == {n: int(s.sum()) for n, s in first.items()}
+    assert all(torch.equal(twice[name], tensor) for name, tensor in at_once.items())
+
+
 def test_a_resized_network_is_a_copy_whose_layers_know_their_sizes():
     network = drawn(Grouped)
     before = {name: tensor.clone() for name, tensor in tensors(network).items()}

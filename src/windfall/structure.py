@@ -18,7 +18,7 @@ import fnmatch
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -120,6 +120,36 @@ def shrunk(tensors: Params, groups: Sequence[Group], channels: Masks) -> Params:
             kept = kept.index_select(axis, stay.nonzero().flatten().to(kept.device))
         smaller[name] = kept
     return smaller
+
+
+def restricted(groups: Sequence[Group], channels: Masks, like: Params) -> tuple[Group, ...]:
+    """The groups of the network without the channels that do not stay, in its own positions.
+
+    Args:
+        groups: of the whole network.
+        channels: by group's name, True for a channel that stays; of each group at least one.
+        like: the whole network's parameters and buffers.
+    """
+    stays = alive(groups, channels, like)
+    moved = {
+        (name, axis): (stay.cumsum(0) - 1).tolist()
+        for name, axes in stays.items()
+        for axis, stay in axes.items()
+    }
+
+    def within(group: Group, slot: Slot) -> Slot:
+        kept = channels[group.name].nonzero().flatten().tolist()
+        at = moved.get((slot.tensor, slot.axis))
+        places = (slot.places[channel] for channel in kept)
+        return Slot(
+            slot.tensor,
+            slot.axis,
+            tuple(places if at is None else (tuple(at[p] for p in each) for each in places)),
+        )
+
+    return tuple(
+        replace(group, slots=tuple(within(group, slot) for slot in group.slots)) for group in groups
+    )
 
 
 def shapes(tensors: Params) -> dict[str, tuple[int, ...]]:
