@@ -293,17 +293,11 @@ KEPT = {"b.weight": [1, 0, 1, 1, 0], "d.weight": [0, 1, 1]}
 
 
 def error(removal):
-    """Of the outputs, over the layers that lost inputs."""
-    total = 0.0
-    for loss in removal.readers():
-        outputs = []
-        for net in (removal.whole, removal.smaller):
-            layer = loss.layer(net)
-            outputs.append(layer(loss.given(net)))
-        before = outputs[0] if outputs[0].dim() == 2 else outputs[0].movedim(1, -1)
-        now = outputs[1] if outputs[1].dim() == 2 else outputs[1].movedim(1, -1)
-        total += float(((before[..., loss.outputs] - now) ** 2).mean())
-    return total
+    """Of the first layer that lost inputs, which are the only ones that have not changed since."""
+    loss = next(removal.readers())
+    networks = removal.whole, removal.smaller
+    before, now = (loss.layer(each)(loss.given(each)).movedim(1, -1) for each in networks)
+    return float(((before[..., loss.outputs] - now) ** 2).mean())
 
 
 def test_the_layers_that_lost_inputs_are_found_in_order():

@@ -86,6 +86,8 @@ def alive(groups: Sequence[Group], channels: Masks, like: Params) -> dict[str, d
     for group in groups:
         dead = (~channels[group.name]).nonzero().flatten().tolist()
         for slot in group.slots if dead else ():
+            if slot.tensor not in like:
+                continue
             axes = stays.setdefault(slot.tensor, {})
             size = like[slot.tensor].shape[slot.axis]
             stay = axes.setdefault(slot.axis, torch.ones(size, dtype=torch.bool))
@@ -99,7 +101,7 @@ def masks(groups: Sequence[Group], channels: Masks, like: Params) -> Masks:
     Args:
         groups: as `trace` finds them.
         channels: by group's name, True for a channel that stays.
-        like: the whole network's parameters and buffers.
+        like: the whole network's parameters and buffers, or some of them.
     """
     found: Masks = {}
     for name, axes in alive(groups, channels, like).items():

@@ -171,6 +171,19 @@ class Recipe(Spec):
         warm = min(1.0, (step + 1) / self.schedule.warmup) if self.schedule.warmup else 1.0
         return self.learning_rate * warm * self.schedule.decay(step, self.steps)
 
+    def stretched(self, steps: int) -> "Recipe":
+        """The recipe over another number of steps, the drops of its rate at the same fractions.
+
+        A drop at step a of T is at the whole part of a · steps / T; warm-up keeps its length.
+
+        Source: Liu et al. 2019 (1810.05270), Scratch-B.
+        """
+        schedule = self.schedule
+        if isinstance(schedule, StepDrops):
+            at = tuple(drop * steps // self.steps for drop in schedule.at)
+            schedule = schedule.model_copy(update={"at": at})
+        return self.model_copy(update={"steps": steps, "schedule": schedule})
+
     def evaluates(self, step: int) -> bool:
         """Whether the recipe's clock asks for an evaluation after this many steps."""
         return step % self.eval_every == 0
@@ -222,6 +235,8 @@ class State:
         losses: sum of the training losses since the last evaluation, a float64 scalar.
         diverged: True when a loss was NaN or infinite.
         snapshots: states at the steps to be kept, by step.
+        channels: of a network that has lost channels, those of the whole one that stay, by group's
+            name; empty for a whole network.
     """
 
     step: int
@@ -233,6 +248,7 @@ class State:
     losses: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     diverged: bool = False
     snapshots: "dict[int, State]" = field(default_factory=dict[int, "State"])
+    channels: Masks = field(default_factory=dict[str, Tensor])
 
     def copy(self) -> "State":
         """A copy that shares no storage and carries neither evaluations nor snapshots."""
@@ -244,11 +260,17 @@ class State:
             {kind: _cloned(tensors) for kind, tensors in self.optimizer.items()},
             losses=self.losses.clone(),
             diverged=self.diverged,
+            channels=_cloned(self.channels),
         )
 
     def tensors(self) -> Params:
         """Everything that is a tensor under one flat set of names (for a file)."""
-        parts = {"params": self.params, "buffers": self.buffers, "masks": self.masks}
+        parts = {
+            "params": self.params,
+            "buffers": self.buffers,
+            "masks": self.masks,
+            "channels": self.channels,
+        }
         flat = {f"{part}/{n}": t for part, tensors in parts.items() for n, t in tensors.items()}
         for kind, tensors in self.optimizer.items():
             flat |= {f"optimizer/{kind}/{name}": tensor for name, tensor in tensors.items()}
@@ -295,6 +317,7 @@ def _unflattened(step: int, tensors: Params) -> State:
         optimizer,
         losses=tensors["losses"],
         snapshots={k: _unflattened(k, _under(f"snapshots/{k}/", tensors)) for k in sorted(steps)},
+        channels=_under("channels/", tensors),
     )
 
 
