@@ -297,7 +297,7 @@ def error(removal):
     loss = next(removal.readers())
     networks = removal.whole, removal.smaller
     before, now = (loss.layer(each)(loss.given(each)).movedim(1, -1) for each in networks)
-    return float(((before[..., loss.outputs] - now) ** 2).mean())
+    return float(((before[..., loss.outputs] - now) ** 2).mean().detach())
 
 
 def test_the_layers_that_lost_inputs_are_found_in_order():
