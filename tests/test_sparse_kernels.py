@@ -29,7 +29,6 @@ from test_sparse import (  # noqa: F401  the fixtures are used by being here
     norm2d,
     normed,
     one_thread,
-    own_cache,
     recipe_of,
     task,
 )
