@@ -47,6 +47,7 @@ class Findings:
         self.records = lab.records(dict.fromkeys(node.address for node in self.nodes))
         self.failures = lab.failures(node.address for node in self.nodes)
         self.is_overlap = plan["metric"] == "mask_overlap"
+        self.is_structured = "structure" in plan["study"]["prune"]
         self._places = {(node.arm, node.level, node.seed): node for node in self.nodes}
         self._masks: dict[str, Masks] = {}
         self.rows = self._rows()

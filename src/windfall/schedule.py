@@ -74,7 +74,8 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
     made: dict[float, Choice] = {}
     found: dict[str, Choice] = {}
     for address, run in graph.runs.items():
-        density = graph.density(run.start.level) if isinstance(run.start, Pruned) else 1.0
+        is_masked = isinstance(run.start, Pruned) and not run.start.prune.is_structured
+        density = graph.density(run.start.level) if is_masked else 1.0
         if density not in made:
             made[density] = choose(study.engine, network, shape, density, device)
         found[address] = made[density]

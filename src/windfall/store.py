@@ -222,7 +222,12 @@ class Lab:
         for record, state in finished:
             assert digest(record.spec) == record.address
             final = State(
-                state.step, state.params, state.buffers, state.masks, snapshots=state.snapshots
+                state.step,
+                state.params,
+                state.buffers,
+                state.masks,
+                snapshots=state.snapshots,
+                channels=state.channels,
             )
             facts = {"step": state.step, "diverged": state.diverged, "evaluations": []}
             states.write_tensors(self._weights(record.address), final.tensors(), facts)
@@ -241,9 +246,12 @@ class Lab:
         return states.read(self._weights(address))[0][0]
 
     def masks(self, address: str) -> Masks:
-        """The masks of a finished run, without reading the rest of its file."""
-        tensors, _ = states.read_tensors(self._weights(address), "masks/")
-        return {name.removeprefix("masks/"): mask for name, mask in tensors.items()}
+        """The masks of a finished run, of weights or of channels, and nothing else of its file."""
+        for part in ("masks/", "channels/"):
+            tensors, _ = states.read_tensors(self._weights(address), part)
+            if tensors:
+                return {name.removeprefix(part): mask for name, mask in tensors.items()}
+        return {}
 
     # ---- checkpoints ----
 

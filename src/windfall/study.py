@@ -8,18 +8,21 @@ trained. Settings come from Python or from TOML, where `extends` names a study t
     len(graph.runs)
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from torch import nn
 
-from windfall import flops, seeds
+from windfall import flops, seeds, structure
 from windfall import models as zoo
 from windfall import prune as pruning
 from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, Rewind, Ticket
@@ -33,6 +36,7 @@ from windfall.runs import Fresh, Pruned, Run
 from windfall.samples import stacked
 from windfall.selection import uniform
 from windfall.spec import Json, Spec, SpecError, checked, digest, nearest, tag, unaddressed
+from windfall.structure import Channels, Group
 from windfall.train import Recipe
 
 Metric = Literal["test_accuracy", "test_accuracy_at_early_stop", "early_stop_step", "mask_overlap"]
@@ -115,7 +119,19 @@ class Study(Spec):
                 _fits(arm.to, self.recipe.steps)
         if self.metric == "mask_overlap" and "ticket" not in kinds:
             raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
+        if self.prune.is_structured:
+            self._fits_channels(kinds)
         return self
+
+    def _fits_channels(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            if kind in ("shuffled", "random"):
+                raise ValueError(
+                    f"`arms` must not include `{kind}` where `prune.structure` is channels: it"
+                    " arranges masks"
+                )
+        if self.metric == "mask_overlap":
+            raise ValueError("`metric` must be of a training where `prune.structure` is channels")
 
     @property
     def decided_level(self) -> int:
@@ -168,6 +184,8 @@ class Network:
         multiply_adds: per example, of the dense network, per tensor.
         input_shape: of one example.
         num_classes: of its output.
+        shapes: of its parameters and buffers.
+        groups: its groups of channels, where channels are pruned.
     """
 
     sizes: dict[str, int]
@@ -175,6 +193,38 @@ class Network:
     multiply_adds: dict[str, int]
     input_shape: tuple[int, ...]
     num_classes: int
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    groups: tuple[Group, ...] = ()
+
+    def kept(self, prune: Prune, level: int) -> dict[str, int | Fraction]:
+        """The number of weights that a level keeps of every tensor.
+
+        How a global threshold falls on what it pools is only known after training; it is taken to
+        be even.
+
+        Raises:
+            SpecError: when a tensor would be emptied; the message names it.
+        """
+        sizes = self.sizes
+        if prune.is_structured:
+            return self._beside_channels(prune, level)
+        counts = prune.selection.counts(sizes, self.kinds, level)
+        return counts | _evenly(counts, sizes)
+
+    def _beside_channels(self, prune: Prune, level: int) -> dict[str, int | Fraction]:
+        assert isinstance(prune.structure, Channels)
+        sizes = {name: group.size for name, group in prune.structure.of(self.groups).items()}
+        counts = prune.selection.counts(sizes, self.kinds, level)
+        even = {name: max(1, round(count)) for name, count in _evenly(counts, sizes).items()}
+        stay = {group.name: group.size for group in self.groups} | counts | even
+        channels = {g.name: torch.arange(g.size) < stay[g.name] for g in self.groups}
+        like = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        left = {
+            name: math.prod(int(positions.sum()) for positions in axes.values())
+            * math.prod(n for axis, n in enumerate(self.shapes[name]) if axis not in axes)
+            for name, axes in structure.alive(self.groups, channels, like).items()
+        }
+        return {name: left.get(name, size) for name, size in self.sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -225,10 +275,14 @@ class Graph:
             return sizes
         if start.arrange == "uniform":
             return uniform(sizes, self.counts[start.level])
-        counts = start.prune.selection.counts(sizes, self.network.kinds, start.level)
-        pool = {name: size for name, size in sizes.items() if name not in counts}
-        even = Fraction(counts.get("", 0), sum(pool.values()) or 1)
-        return counts | {name: size * even for name, size in pool.items()}
+        return self.network.kept(start.prune, start.level)
+
+
+def _evenly(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Fraction]:
+    """What a pool counted under "" keeps of each tensor that is not counted by itself."""
+    pool = {name: size for name, size in sizes.items() if name not in counts}
+    even = Fraction(counts.get("", 0), sum(pool.values()) or 1)
+    return {name: size * even for name, size in pool.items()}
 
 
 def expand(study: Study) -> Graph:
@@ -239,10 +293,7 @@ def expand(study: Study) -> Graph:
     """
     data = load_data(study.data)
     network = _inspect(study, data)
-    counts = {
-        level: sum(study.prune.selection.counts(network.sizes, network.kinds, level).values())
-        for level in range(1, study.levels + 1)
-    }
+    counts = {level: _num_kept(study.prune, network, level) for level in range(1, study.levels + 1)}
     if any(isinstance(arm, Random) for arm in study.arms):
         for count in counts.values():
             uniform(network.sizes, count)
@@ -258,6 +309,13 @@ def expand(study: Study) -> Graph:
     nodes.sort(key=lambda node: (node.level, place[node.arm]))
     totals = {0: sum(network.sizes.values()), **counts}
     return Graph(study, tuple(nodes), runs, _snapshots(runs), network, totals, data.note)
+
+
+def _num_kept(prune: Prune, network: Network, level: int) -> int:
+    """The number of weights that a level keeps: exact, but where channels share a threshold."""
+    if prune.is_structured:
+        return round(sum(network.kept(prune, level).values()))
+    return sum(prune.selection.counts(network.sizes, network.kinds, level).values())
 
 
 def _places(study: Study, family: Family) -> Iterator[tuple[str, int, str]]:
@@ -281,7 +339,20 @@ def _inspect(study: Study, data: Dataset) -> Network:
     params = dict(module.named_parameters())
     sizes = {name: params[name].numel() for name in kinds}
     multiply_adds = flops.multiply_adds(module, shape)
-    return Network(sizes, kinds, multiply_adds, shape, data.num_classes)
+    tensors = params | dict(module.named_buffers())
+    groups = _groups(study, module, shape)
+    return Network(
+        sizes, kinds, multiply_adds, shape, data.num_classes, structure.shapes(tensors), groups
+    )
+
+
+def _groups(study: Study, module: nn.Module, shape: tuple[int, ...]) -> tuple[Group, ...]:
+    prune = study.prune
+    if not isinstance(prune.structure, Channels):
+        return ()
+    groups = structure.trace(module, shape)
+    prune.criterion.refuse(prune.structure.of(groups).values())
+    return groups
 
 
 def _snapshots(runs: dict[str, Run]) -> dict[str, frozenset[int]]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from windfall import masks as masking
 from windfall import stats, words
 from windfall.findings import Findings
 from windfall.spec import Json
@@ -79,11 +78,11 @@ def _first_tickets(findings: Findings) -> list[Node]:
 
 
 def layers(findings: Findings) -> list[Json]:
-    """Weights kept per layer and level, in the first seed's chain."""
+    """Weights, or channels, kept per layer and level, in the first seed's chain."""
     return [
-        {"level": node.level, "layer": name, "kept": kept, "total": findings.plan["sizes"][name]}
+        {"level": node.level, "layer": name, "kept": int(mask.sum()), "total": mask.numel()}
         for node in _first_tickets(findings)
-        for name, kept in masking.kept(findings.masks(node.address)).items()
+        for name, mask in findings.masks(node.address).items()
     ]
 
 
@@ -100,7 +99,7 @@ def pictures(findings: Findings) -> list[Json]:
             "counts": _picture(findings.masks(node.address)[name], findings.plan["input_shape"]),
         }
         for node in _first_tickets(findings)
-        if node.level in shown
+        if node.level in shown and not findings.is_structured
     ]
 
 

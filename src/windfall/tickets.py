@@ -5,18 +5,22 @@ trained: every surviving weight equals its source bit for bit, every other is 0,
 nested in its parent's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from windfall import masks as masking
+from windfall import seeds, structure
+from windfall.adjust import Removal
 from windfall.criteria import Evidence
 from windfall.masks import Masks, Params
 from windfall.models import Kind
-from windfall.prune import ToStep
+from windfall.prune import Continue, LearningRate, ToStep
 from windfall.runs import Pruned
 from windfall.selection import uniform
+from windfall.structure import Channels, Group
 from windfall.train import State
 
 
@@ -79,6 +83,133 @@ def begin(start: Pruned, lineage: Lineage, kinds: dict[str, Kind], seed: int) ->
         }
     prove(state, lineage.source)
     return state
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is needed to remove channels, beside states.
+
+    Args:
+        network: the whole network; its values do not matter.
+        input_shape: of one sample.
+        inputs: gives so many inputs of the training part, as the network is given them.
+        fresh: gives the state of a network newly initialized; None where survivors keep values.
+    """
+
+    network: nn.Module
+    input_shape: tuple[int, ...]
+    inputs: Callable[[int], Tensor]
+    fresh: Callable[[nn.Module], State] | None = None
+
+
+def begin_smaller(
+    start: Pruned, lineage: Lineage, around: Surroundings, kinds: dict[str, Kind], seed: int
+) -> State:
+    """The proved state at the first step of a run whose network has lost channels.
+
+    Raises:
+        SpecError: when pruning would empty a layer, or the network is not fit for it.
+        BrokenTicket: when the proof fails.
+    """
+    initial = lineage.initial.params | lineage.initial.buffers
+    groups = structure.trace(around.network, around.input_shape)
+    before = lineage.parent.channels or {
+        group.name: torch.ones(group.size, dtype=torch.bool) for group in groups
+    }
+    own = structure.restricted(groups, before, initial)
+    channels = before | _chosen(start, lineage, around, (groups, own), before, kinds, seed)
+    local = {name: stay[before[name]] for name, stay in channels.items()}
+    if around.fresh is not None:
+        wanted = structure.shapes(structure.shrunk(initial, groups, channels))
+        state = around.fresh(structure.resized(around.network, wanted))
+        return replace(state, channels=channels)
+    source = lineage.source
+    is_whole = not source.channels
+    state = _without(source, *((groups, channels) if is_whole else (own, local)))
+    state.channels = channels
+    if isinstance(start.weights, ToStep) and start.weights.optimizer == "reset":
+        state.optimizer = {}
+    if isinstance(start.weights, LearningRate | Continue):
+        state.optimizer = {}
+        if start.prune.adjust is not None:
+            _adjust(start, lineage.parent, state, (own, local), around, seed)
+    return state
+
+
+def _chosen(
+    start: Pruned,
+    lineage: Lineage,
+    around: Surroundings,
+    groups: tuple[Sequence[Group], Sequence[Group]],
+    before: Masks,
+    kinds: dict[str, Kind],
+    seed: int,
+) -> Masks:
+    """The channels that stay of the groups that may lose some, in the whole network's numbers."""
+    assert isinstance(start.prune.structure, Channels)
+    whole, own = groups
+    names = list(start.prune.structure.of(whole))
+    parent = lineage.parent
+    evidence = Evidence(
+        lineage.initial.params,
+        parent.params,
+        seed,
+        start.level,
+        {group.name: group for group in own if group.name in names},
+        lambda: _network(around.network, parent),
+        around.inputs,
+    )
+    scores = start.prune.criterion.score(evidence, names)
+    spread = {
+        name: torch.zeros(len(before[name]), dtype=scores[name].dtype).masked_scatter(
+            before[name], scores[name]
+        )
+        for name in names
+    }
+    alive = {name: before[name] for name in names}
+    return start.prune.selection.select(spread, alive, kinds, start.level)
+
+
+def _network(whole: nn.Module, state: State) -> nn.Module:
+    """A network of a state's sizes and values, in evaluation mode."""
+    tensors = state.params | state.buffers
+    made = structure.resized(whole, structure.shapes(tensors))
+    with torch.no_grad():
+        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+            tensor.copy_(tensors[name])
+    return made.to(next(iter(state.params.values())).dtype).eval()
+
+
+def _without(source: State, groups: Sequence[Group], channels: Masks) -> State:
+    """The state without the channels that do not stay, its moments too."""
+    tensors = structure.shrunk(source.params | source.buffers, groups, channels)
+    return State(
+        0,
+        {name: tensors[name] for name in source.params},
+        {name: tensors[name] for name in source.buffers},
+        optimizer={
+            kind: structure.shrunk(moments, groups, channels)
+            for kind, moments in source.optimizer.items()
+        },
+    )
+
+
+def _adjust(
+    start: Pruned,
+    parent: State,
+    state: State,
+    removed: tuple[Sequence[Group], Masks],
+    around: Surroundings,
+    seed: int,
+) -> None:
+    assert start.prune.adjust is not None
+    whole, smaller = (_network(around.network, each) for each in (parent, state))
+    groups, channels = removed
+    inputs = around.inputs(start.prune.adjust.num_images)
+    stream = seeds.stream(seed, "adjust", start.level)
+    start.prune.adjust.adjust(Removal(whole, smaller, groups, channels, inputs), stream)
+    for name, param in smaller.named_parameters():
+        state.params[name] = param.detach().clone()
 
 
 def _fits(tensors: Params, name: str, mask: Tensor) -> bool:

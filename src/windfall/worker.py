@@ -5,8 +5,9 @@ finished. Runs trained together are checkpointed and finished as a unit, and a r
 so is replayed with all of its stack: bits may depend on who is in it.
 """
 
+import copy
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from windfall import data as datasets
-from windfall import models, seeds, tickets
+from windfall import models, seeds, structure, tickets
 from windfall.data import Dataset
 from windfall.engines import dispatch, rule
 from windfall.engines.contract import Task
 from windfall.engines.replay import Tell
 from windfall.initialize import initial_parameters
+from windfall.masks import Masks
 from windfall.prune import ToStep
-from windfall.runs import Fresh, Run
+from windfall.runs import Fresh, Pruned, Run
 from windfall.spec import Json, SpecError, digest
 from windfall.store import FULL, Lab, Record, now
 from windfall.train import State
@@ -170,22 +172,30 @@ class Workshop:
             self._data[name] = data.to(self.device)
         return self._data[name]
 
-    def network(self, run: Run) -> nn.Module:
-        """The run's network, to be given a state; what else its constructor draws is the seed's."""
+    def network(self, run: Run, state: State | None = None) -> nn.Module:
+        """The run's network, to be given a state; what else its constructor draws is the seed's.
+
+        Args:
+            run: whose network.
+            state: that it is to be given, if it may have lost channels; None is a whole one.
+        """
         data = self.data(run)
         with seeds.isolated(run.seed, "build"):
-            return run.model.build(data.input_shape, data.num_classes)
+            whole = run.model.build(data.input_shape, data.num_classes)
+        if state is None or not state.channels:
+            return whole
+        return structure.resized(whole, structure.shapes(state.params | state.buffers))
 
     def initial(self, run: Run, fresh: Fresh) -> State:
         """The state of the run's network newly initialized."""
         data = self.data(run)
-        seed = run.seed if fresh.seed is None else fresh.seed
-        params, buffers = initial_parameters(
-            lambda: run.model.build(data.input_shape, data.num_classes),
-            fresh.initialization,
-            seed,
-            fresh.stream,
+        return self._initialized(
+            lambda: run.model.build(data.input_shape, data.num_classes), run, fresh
         )
+
+    def _initialized(self, build: Callable[[], nn.Module], run: Run, fresh: Fresh) -> State:
+        seed = run.seed if fresh.seed is None else fresh.seed
+        params, buffers = initial_parameters(build, fresh.initialization, seed, fresh.stream)
         return State(0, params, buffers)
 
     def beginning(self, run: Run) -> State:
@@ -216,9 +226,26 @@ class Workshop:
                 f"`start.weights.step` must be one that run {origin_address[:12]} came by; got"
                 f" {run.clock[0]}, and it had diverged before."
             )
-        state = tickets.begin(run.start, tickets.Lineage(initial, parent, source), kinds, run.seed)
+        lineage = tickets.Lineage(initial, parent, source)
+        if run.start.prune.is_structured:
+            around = self._surroundings(run, run.start)
+            state = tickets.begin_smaller(run.start, lineage, around, kinds, run.seed)
+        else:
+            state = tickets.begin(run.start, lineage, kinds, run.seed)
         state.step = run.clock[0]
         return state
+
+    def _surroundings(self, run: Run, start: Pruned) -> tickets.Surroundings:
+        data, dtype, fresh = self.data(run), run.recipe.torch_dtype, start.weights
+        make = None
+        if isinstance(fresh, Fresh):
+            make = lambda network: self._initialized(lambda: copy.deepcopy(network), run, fresh)  # noqa: E731
+        return tickets.Surroundings(
+            self.network(run),
+            data.input_shape,
+            lambda num: data.prepare(data.train.inputs[:num].cpu(), dtype),
+            make,
+        )
 
     def _origin(self, address: str) -> tuple[str, Run]:
         while True:
@@ -324,16 +351,21 @@ class Workshop:
             is_stopping, clock = pulse(step), time.monotonic()
             if is_stopping or clock - saved > job.checkpoint_seconds:
                 facts["seconds"] += clock - saved
-                self.lab.save_checkpoints(facts["stack"][0], states_now(), facts)
+                now = states_now()
+                _give_channels(now, channels)
+                self.lab.save_checkpoints(facts["stack"][0], now, facts)
                 saved = time.monotonic()
             if is_stopping:
                 raise Stopped
 
         tasks = [
-            Task(self.network(run), data, run.recipe, run.seed, run.clock[1], keep) for run in runs
+            Task(self.network(run, state), data, run.recipe, run.seed, run.clock[1], keep)
+            for run, state in zip(runs, states, strict=True)
         ]
         spent, engine = facts["seconds"], facts["made_by"]["engine"]
+        channels = [state.channels for state in states]
         finals = dispatch.train(engine.partition("/")[0], tasks, states, tick, tell)
+        _give_channels(finals, channels)
         named = dict(zip(facts["stack"], finals, strict=True))
         return _Trained(named, spent + time.monotonic() - begun, engine)
 
@@ -373,7 +405,8 @@ class Workshop:
         """The engine and versions of a training, chosen by one of its runs."""
         run = program.runs[address]
         shape, density = self.data(run).input_shape, rule.kept(state)
-        engine = rule.choose(program.engine, self.network(run), shape, density, self.device).engine
+        network = self.network(run, state)
+        engine = rule.choose(program.engine, network, shape, density, self.device).engine
         return {"engine": f"{engine}/{self.device}", "versions": versions()}
 
 
@@ -389,7 +422,7 @@ def _recorded(job: Job, trained: _Trained) -> list[tuple[Record, State]]:
                 "diverged" if final.diverged else "done",
                 final.evaluations,
                 sorted(final.snapshots),
-                sum(int(m.sum()) for m in final.masks.values()) if final.masks else -1,
+                _kept(final),
                 share,
                 trained.engine,
                 versions(),
@@ -400,6 +433,21 @@ def _recorded(job: Job, trained: _Trained) -> list[tuple[Record, State]]:
         )
         for address, final in trained.finals.items()
     ]
+
+
+def _give_channels(states: Sequence[State], channels: Sequence[Masks]) -> None:
+    """What engines do not know: which channels of the whole network a network has."""
+    for state, stay in zip(states, channels, strict=True):
+        state.channels = stay
+        for snapshot in state.snapshots.values():
+            snapshot.channels = stay
+
+
+def _kept(state: State) -> int:
+    """The number of weights that a mask keeps, or that are left beside channels; -1 if all are."""
+    if state.channels:
+        return sum(p.numel() for p in state.params.values() if p.dim() > 1)
+    return sum(int(mask.sum()) for mask in state.masks.values()) if state.masks else -1
 
 
 def _bits(tensor: Tensor) -> bytes:

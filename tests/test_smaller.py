@@ -1,0 +1,247 @@
+"""Networks that lose channels: where they begin, what they are trained as, what is kept of them."""
+
+import pytest
+import small
+import torch
+from torch.func import functional_call
+
+from windfall import flops, models, structure
+from windfall.initialize import GlorotNormal, initial_parameters
+from windfall.spec import SpecError
+from windfall.store import Lab
+from windfall.train import Recipe, StepDrops
+from windfall.worker import Stopped, Workshop
+
+RESNET = {"kind": "resnet-20", "width": 0.25}
+SHAPE = (1, 8, 8)
+SLIM = {"criterion": "normalization-scale", "selection": {"kind": "global", "rate": 0.4},
+        "structure": "channels"}  # fmt: skip
+FILTERS = {
+    "criterion": "filter-norm",
+    "selection": {"convolution": 0.3, "output": 0.0},
+    "structure": "channels",
+}
+METHODS = {
+    "l1-norm": FILTERS,
+    "l2-norm": FILTERS | {"criterion": {"kind": "filter-norm", "order": 2}},
+    "slimming": SLIM,
+    "thinet": FILTERS
+    | {
+        "criterion": {"kind": "thinet", "num_images": 40, "num_samples": 100},
+        "adjust": {"kind": "rescale", "num_images": 40, "num_samples": 100},
+        "structure": {"kind": "channels", "shared": False},
+    },
+    "regression": FILTERS
+    | {
+        "criterion": {"kind": "feature-reconstruction", "num_images": 40, "num_samples": 100},
+        "adjust": {"kind": "refit", "num_images": 40, "num_samples": 100},
+        "structure": {"kind": "channels", "shared": False},
+    },
+}
+SHORT = {"steps": 4, "eval_every": 2, "learning_rate": 1e-3}
+
+
+def graph(prune, **changes):
+    return small.graph(SHORT, model=RESNET, prune=prune, **({"num_seeds": 1} | changes))
+
+
+@pytest.fixture(scope="module")
+def labs(tmp_path_factory):
+    """A method's study and its lab; trained once."""
+    known = {}
+
+    def find(method):
+        if method not in known:
+            of = graph(METHODS[method])
+            known[method] = of, small.trained(of, tmp_path_factory.mktemp(method) / "lab")
+        return known[method]
+
+    return find
+
+
+def at(of, arm, level):
+    return next(n.address for n in of.nodes if (n.arm, n.level, n.seed) == (arm, level, 0))
+
+
+def whole():
+    return models.Resnet_20(width=0.25).build(SHAPE, 10)
+
+
+def start(of, lab, arm, level):
+    address = at(of, arm, level)
+    return Workshop(lab, "cpu").beginning(of.runs[address])
+
+
+def initial():
+    params, buffers = initial_parameters(whole, GlorotNormal(), 0)
+    return params | buffers
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestEveryMethod:
+    def test_every_level_keeps_the_counts_that_were_stated(self, labs, method):
+        of, lab = labs(method)
+        prune = of.study.prune
+        groups = structure.trace(whole(), SHAPE)
+        sizes = {name: group.size for name, group in prune.structure.of(groups).items()}
+        for level in (1, 2):
+            counts = prune.selection.counts(sizes, of.network.kinds, level)
+            for arm in ("ticket", "reinit", "finetune"):
+                channels = lab.weights(at(of, arm, level)).channels
+                assert list(channels) == [group.name for group in groups]
+                kept = {name: int(stay.sum()) for name, stay in channels.items()}
+                if "" in counts:
+                    assert sum(kept[name] for name in sizes) == counts[""]
+                else:
+                    assert {name: kept[name] for name in counts} == counts
+                assert all(kept.values())
+                spared = channels.keys() - sizes.keys()
+                assert all(bool(channels[name].all()) for name in spared)
+
+    def test_channels_of_a_level_are_among_those_of_the_one_before(self, labs, method):
+        of, lab = labs(method)
+        first, second = (lab.weights(at(of, "ticket", level)).channels for level in (1, 2))
+        for name, stay in second.items():
+            assert not bool((stay & ~first[name]).any())
+        assert any(int(second[name].sum()) < int(first[name].sum()) for name in first)
+
+    def test_all_arms_of_a_mask_have_the_same_channels(self, labs, method):
+        of, lab = labs(method)
+        found = [lab.weights(at(of, a, 2)).channels for a in ("ticket", "reinit", "finetune")]
+        for other in found[1:]:
+            assert all(torch.equal(other[name], stay) for name, stay in found[0].items())
+
+    def test_a_tickets_weights_are_those_of_the_initialization(self, labs, method):
+        of, lab = labs(method)
+        groups, values = structure.trace(whole(), SHAPE), initial()
+        for level in (1, 2):
+            state = start(of, lab, "ticket", level)
+            masks = structure.masks(groups, state.channels, values)
+            for name, tensor in (state.params | state.buffers).items():
+                flat = values[name][masks[name]] if name in masks else values[name].flatten()
+                assert torch.equal(tensor.flatten(), flat)
+            assert (state.step, state.optimizer, state.masks) == (0, {}, {})
+
+    def test_fine_tuning_begins_with_what_was_trained(self, labs, method):
+        of, lab = labs(method)
+        parent = lab.weights(at(of, "dense", 0))
+        state = start(of, lab, "finetune", 1)
+        groups, values = structure.trace(whole(), SHAPE), parent.params | parent.buffers
+        masks = structure.masks(groups, state.channels, values)
+        changed = set()
+        for name, tensor in (state.params | state.buffers).items():
+            flat = values[name][masks[name]] if name in masks else values[name].flatten()
+            if not torch.equal(tensor.flatten(), flat):
+                changed.add(name)
+        if of.study.prune.adjust is None:
+            assert changed == set()
+        else:  # the second convolution of each block read what the first one lost
+            assert changed == {name for name in state.params if "conv2.weight" in name}
+
+    def test_a_fresh_network_is_drawn_as_the_smaller_network_it_is(self, labs, method):
+        of, lab = labs(method)
+        state = start(of, lab, "reinit", 2)
+        wanted = structure.shapes(state.params | state.buffers)
+        smaller = structure.resized(whole(), wanted)
+        params, buffers = initial_parameters(lambda: smaller, GlorotNormal(), 0, "reinit")
+        assert all(torch.equal(state.params[name], value) for name, value in params.items())
+        assert all(torch.equal(state.buffers[name], value) for name, value in buffers.items())
+
+    def test_what_is_stored_is_what_was_trained(self, labs, method):
+        of, lab = labs(method)
+        for arm in ("ticket", "reinit", "finetune"):
+            address = at(of, arm, 2)
+            state, record = lab.weights(address), lab.record(address)
+            wide = [p.numel() for p in state.params.values() if p.dim() > 1]
+            assert record.kept == sum(wide)
+            if "" not in of.study.prune.selection.counts({"a": 9}, {"a": "convolution"}, 1):
+                assert record.kept == of.counts[2]
+            assert record.status == "done"
+            assert record.evaluations[-1].step == of.runs[address].clock[1]
+
+
+def test_a_smaller_network_computes_what_the_masked_one_does(labs):
+    of, lab = labs("l1-norm")
+    parent, state = lab.weights(at(of, "dense", 0)), start(of, lab, "finetune", 1)
+    groups, values = structure.trace(whole(), SHAPE), parent.params | parent.buffers
+    masks = structure.masks(groups, state.channels, values)
+    masked = {
+        n: t * masks[n] if n in masks and n in parent.params else t for n, t in values.items()
+    }
+    inputs = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = functional_call(whole().eval(), masked, (inputs,))
+        tensors = state.params | state.buffers
+        smaller = structure.resized(whole().eval(), structure.shapes(tensors))
+        found = functional_call(smaller, tensors, (inputs,))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(labs, tmp_path):
+    of, unbroken = labs("l1-norm")
+    lab, stopped = Lab(tmp_path / "lab"), set()
+    for job in small.jobs(of):
+        try:
+            Workshop(lab, "cpu").perform(job, lambda step, job=job: step > job.run.clock[0])
+        except Stopped:
+            stopped.add(job.address)
+            assert Workshop(lab, "cpu").perform(job) == "trained"
+    assert {at(of, arm, 2) for arm in ("ticket", "reinit")} <= stopped
+    for address in of.runs:
+        ours, theirs = lab.weights(address).tensors(), unbroken.weights(address).tensors()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lab.close()
+
+
+def test_the_cost_of_a_level_is_that_of_its_smaller_network(labs):
+    of, lab = labs("l1-norm")
+    address = at(of, "ticket", 2)
+    state, run = lab.weights(address), of.runs[address]
+    smaller = structure.resized(whole(), structure.shapes(state.params | state.buffers))
+    counted = sum(flops.multiply_adds(smaller, SHAPE).values())
+    assert of.flops(address) == flops.training_flops(counted, run.recipe.batch_size, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["dense", "shuffled"]}, "`arms` must not include `shuffled` where"),
+        ({"arms": ["dense", "random"]}, "`arms` must not include `random` where"),
+        ({"arms": ["dense", "ticket"], "metric": "mask_overlap"}, "`metric` must be of a training"),
+    ],
+)
+def test_what_arranges_masks_needs_masks(changes, message):
+    with pytest.raises(ValueError, match=message):
+        graph(FILTERS, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selection": {"kind": "ratios", "removed": [0.5]}}, "a fraction for each of 12; got 1"),
+        (
+            {"selection": {"kind": "published", "target": "vgg-16-a"}},
+            "vgg-16-a must prune channels",
+        ),
+        ({"selection": {"convolution": 0.95, "output": 0.0}}, "got 0 of `conv1.weight` at level 1"),
+        ({"structure": {"kind": "channels", "exclude": ["convx"]}}, "`convx` fits none"),
+        ({"structure": {"kind": "channels", "exclude": ["*"]}}, "must leave a group of channels"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(changes, message):
+    with pytest.raises(SpecError, match=message):
+        graph(FILTERS | changes)
+
+
+def test_a_method_for_normalized_networks_is_refused_without():
+    with pytest.raises(SpecError, match=r"those of `conv1\.weight` are not"):
+        small.graph(SHORT, model={"kind": "conv-2", "width": 0.1}, prune=SLIM)
+
+
+def test_a_stretched_recipe_drops_its_rate_at_the_same_fractions():
+    recipe = Recipe(steps=160, schedule=StepDrops(at=(80, 120)))
+    longer = recipe.stretched(243)
+    assert (longer.steps, longer.schedule.at) == (243, (121, 182))
+    assert recipe.stretched(160) == recipe
+    assert Recipe(steps=10).stretched(25) == Recipe(steps=25)
