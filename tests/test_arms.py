@@ -24,7 +24,7 @@ from windfall.data import Digits
 from windfall.initialize import KaimingNormal
 from windfall.models import Mlp
 from windfall.prune import Continue, LearningRate, Prune, ToStep
-from windfall.runs import Fresh, Pruned, Run
+from windfall.runs import Budget, Fresh, Pruned, Run
 from windfall.selection import Layerwise
 from windfall.spec import SpecError
 from windfall.train import Recipe
@@ -41,6 +41,7 @@ PRUNE = Prune(selection=Layerwise(hidden=0.4, output=0.2))
 SEED = 3
 THETA_0 = Fresh(initialization=KaimingNormal(), stream="init")
 FRESH = Fresh(initialization=KaimingNormal(), stream="reinit")
+BUDGETED = FRESH.model_copy(update={"budget": Budget()})
 ARMS = [member() for member in spec.members(Arm).values()]
 CHAINS = (Ticket(), Rewind(), OtherOrder(), OtherInit())
 CONTROLS = (Reinit(), Shuffled(), Random())
@@ -66,7 +67,21 @@ TABLE = {
     "ticket": (Ticket(), "found", ToStep(step=0), (0, STEPS)),
     "rewind": (Rewind(), "found", ToStep(step=100), (100, STEPS)),
     "finetune": (Ticket(), "found", LearningRate(steps=100), (300, STEPS)),
+    "finetune-small": (
+        Ticket(),
+        "found",
+        Continue(steps=100, learning_rate=0.01 * BASE.recipe.learning_rate),
+        (STEPS, STEPS + 100),
+    ),
     "reinit": (Ticket(), "found", FRESH, (0, STEPS)),
+    "scratch-e": (Ticket(), "found", FRESH, (0, STEPS)),
+    "scratch-b": (Ticket(), "found", BUDGETED, (0, STEPS)),
+    "scratch-b-plus": (
+        Ticket(),
+        "found",
+        BUDGETED.model_copy(update={"budget": Budget(finetuning=100)}),
+        (0, STEPS),
+    ),
     "shuffled": (Ticket(), "shuffled", FRESH, (0, STEPS)),
     "random": (Ticket(), "uniform", FRESH, (0, STEPS)),
     "other-order": (OtherOrder(), "found", ToStep(step=0), (0, STEPS)),
@@ -243,8 +258,9 @@ def test_nothing_is_made_twice():
     for _ in range(2):
         for arm, level in itertools.product(ARMS, (1, 2, 3)):
             arm.run(of, level)
-    # Three dense runs, four chains of three levels, and four arms on the ticket's masks.
-    assert len(of.runs) == 3 + 4 * 3 + 4 * 3
+    # Three dense runs, four chains of three levels, and seven arms on the ticket's masks:
+    # scratch-e is reinit.
+    assert len(of.runs) == 3 + 4 * 3 + 7 * 3
 
 
 # -- effects and settings ---------------------------------------------------------------------
@@ -254,6 +270,11 @@ def test_effects_are_the_comparisons_of_the_design():
     assert {effect.name: (effect.arm, effect.against) for effect in EFFECTS} == {
         "matching": ("ticket", "dense"),
         "weights": ("finetune", "reinit"),
+        "weights-e": ("finetune", "scratch-e"),
+        "weights-b": ("finetune", "scratch-b"),
+        "weights-small-e": ("finetune-small", "scratch-e"),
+        "weights-small-b": ("finetune-small", "scratch-b"),
+        "scratch": ("scratch-b", "finetune"),
         "initialization": ("ticket", "reinit"),
         "connectivity": ("reinit", "shuffled"),
         "allocation": ("shuffled", "random"),
@@ -263,7 +284,7 @@ def test_effects_are_the_comparisons_of_the_design():
         "above-chance": ("other-init", "chance"),
     }
     claims = {effect.name for effect in EFFECTS if effect.claim == "non-inferior"}
-    assert claims == {"matching"}
+    assert claims == {"matching", "scratch"}
     overlaps = {effect.name for effect in EFFECTS if effect.measures == "overlap"}
     assert overlaps == {"same-init", "above-chance"}
 

@@ -203,6 +203,91 @@ def test_the_cost_of_a_level_is_that_of_its_smaller_network(labs):
     assert of.flops(address) == flops.training_flops(counted, run.recipe.batch_size, 4)
 
 
+SCRATCH = ["dense", "scratch-e", "scratch-b", "scratch-b-plus", "finetune", "finetune-small"]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """Arms at different budgets, of smaller and of masked networks."""
+    layerwise = {"hidden": 0.5, "convolution": 0.5, "output": 0.0}
+    recipe = SHORT | {"steps": 8, "schedule": {"kind": "step-drops", "at": [4, 6]}}
+    made = {}
+    for name, prune in (("channels", FILTERS), ("weights", {"selection": layerwise})):
+        of = small.graph(recipe, model=RESNET, prune=prune, num_seeds=1, arms=SCRATCH, levels=1)
+        made[name] = of, small.trained(of, tmp_path_factory.mktemp(name) / "lab")
+    return made
+
+
+@pytest.mark.parametrize("name", ["channels", "weights"])
+class TestScratch:
+    def test_scratch_b_costs_what_the_dense_network_does(self, scratch, name):
+        of, lab = scratch[name]
+        dense = sum(flops.multiply_adds(whole(), SHAPE).values())
+        for arm, more in (("scratch-b", 0), ("scratch-b-plus", 2)):
+            address = at(of, arm, 1)
+            state = lab.weights(address)
+            network = structure.resized(whole(), structure.shapes(state.params | state.buffers))
+            each = flops.multiply_adds(network, SHAPE)
+            kept = sum(flops.masked_multiply_adds(each, state.masks).values())
+            steps = lab.record(address).evaluations[-1].step
+            assert steps == 8 * dense // kept + more > 8
+            assert of.clock(address) == (0, steps)
+            spent = flops.training_flops(kept, of.study.recipe.batch_size, steps)
+            assert of.flops(address) == spent
+
+    def test_scratch_e_takes_the_recipes_steps(self, scratch, name):
+        of, lab = scratch[name]
+        assert lab.record(at(of, "scratch-e", 1)).evaluations[-1].step == 8
+
+    def test_the_rates_drops_are_stretched_with_it(self, scratch, name):
+        of, _ = scratch[name]
+        address = at(of, "scratch-b", 1)
+        run, (_, last) = of.runs[address], of.clock(address)
+        dense = sum(flops.multiply_adds(whole(), SHAPE).values())
+        kept = of.flops(address) // (6 * run.recipe.batch_size * last)
+        recipe = run.trained_by(dense, kept)
+        assert recipe.schedule.at == (last // 2, last * 3 // 4)
+
+    def test_fine_tuning_at_a_small_rate_has_that_rate_throughout(self, scratch, name):
+        of, _ = scratch[name]
+        run = of.runs[at(of, "finetune-small", 1)]
+        recipe = run.trained_by(1, 1)
+        assert run.clock == (8, 10)
+        rates = [recipe.rate(step) for step in range(8, 10)]
+        assert rates == [pytest.approx(0.01 * run.recipe.learning_rate)] * 2
+        assert of.runs[at(of, "finetune", 1)].clock == (6, 8)
+
+
+def test_a_small_rate_is_what_it_is_trained_at(scratch):
+    """A step of Adam moves a weight by about its rate; there are two."""
+    of, lab = scratch["channels"]
+    begun = start(of, lab, "finetune-small", 1).params
+    after = lab.weights(at(of, "finetune-small", 1)).params
+    furthest = max(float((after[name] - begun[name]).abs().max()) for name in begun)
+    assert 0 < furthest < 2 * 2 * 0.01 * of.study.recipe.learning_rate
+
+
+def test_scratch_e_of_weights_is_reinit():
+    of = small.graph(SHORT, arms=["dense", "reinit", "scratch-e"])
+    assert at(of, "reinit", 1) == at(of, "scratch-e", 1)
+
+
+EPOCHS = {"resnet-56-a": 178, "resnet-56-b": 220, "resnet-110-a": 190, "resnet-110-b": 260}
+
+
+@pytest.mark.parametrize(("target", "epochs"), [*EPOCHS.items(), ("vgg-16-a", 243)])
+def test_scratch_b_takes_the_papers_epochs(target, epochs):
+    """Of 160: 1810.05270's code, cifar/l1-norm-pruning."""
+    model = target.rpartition("-")[0]
+    prune = FILTERS | {"selection": {"kind": "published", "target": target}}
+    data = torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(200) % 10
+    of = small.graph(
+        SHORT | {"steps": 160}, model=model, prune=prune, num_seeds=1, data=data, levels=1,
+        arms=["dense", "scratch-b"],
+    )  # fmt: skip
+    assert of.clock(at(of, "scratch-b", 1)) == (0, epochs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

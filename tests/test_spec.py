@@ -10,7 +10,19 @@ from typing import Annotated
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from windfall import arms, criteria, initialize, models, prune, runs, selection, spec, train
+from windfall import (
+    adjust,
+    arms,
+    criteria,
+    initialize,
+    models,
+    prune,
+    runs,
+    selection,
+    spec,
+    structure,
+    train,
+)
 from windfall import data as datasets
 from windfall.spec import FAMILY, Spec, SpecError
 
@@ -22,6 +34,8 @@ FAMILIES = {
     "Schedule": train.Schedule,
     "Criterion": criteria.Criterion,
     "Selection": selection.Selection,
+    "Structure": structure.Structure,
+    "Adjust": adjust.Adjust,
     "Rewind": prune.Rewind,
     "Start": runs.Start,
     "Arm": arms.Arm,
@@ -29,6 +43,8 @@ FAMILIES = {
 REQUIRED = {
     "learning-rate": {"steps": 3},
     "continue": {"steps": 3},
+    "ratios": {"removed": (0.5, 0.25)},
+    "published": {"target": "vgg-16-a"},
     "pruned": {"parent": "0" * 64, "level": 1},
     "tensors": {"sha256": "1" * 64, "num_classes": 2},
     "user-data": {"callable": "package.module:load"},

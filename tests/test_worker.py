@@ -136,9 +136,9 @@ class Family:
                 return self.found("ticket", level), self.initial()
             case "rewind":
                 return self.found("rewind", level), dense.snapshots[REWOUND].params
-            case "finetune":
+            case "finetune" | "finetune-small":
                 return self.found("ticket", level), self.trained("ticket", level - 1)
-            case "reinit":
+            case "reinit" | "scratch-e" | "scratch-b" | "scratch-b-plus":
                 return self.found("ticket", level), self.fresh()
             case "shuffled" | "random":
                 return stored, self.fresh()

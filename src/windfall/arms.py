@@ -15,7 +15,7 @@ from pydantic import Field
 from windfall import prune as pruning
 from windfall.initialize import Initialization
 from windfall.prune import Prune, ToStep
-from windfall.runs import Fresh, Pruned, Run, Start
+from windfall.runs import Budget, Fresh, Pruned, Run, Start
 from windfall.spec import FAMILY, Spec
 
 SHIFT = 100_000  # seeds of the other orders and inits; the seeds of a study are below it
@@ -60,9 +60,13 @@ class Family:
         parent = self.chain(self.dense(), ToStep(), 0 if self.one_shot else level - 1)
         return self._pruned(parent, level, **how)
 
-    def fresh(self) -> Fresh:
+    def fresh(self, budget: Budget | None = None) -> Fresh:
         """theta_0', the same for every control of a seed."""
-        return Fresh(initialization=self.initialization, stream="reinit")
+        return Fresh(initialization=self.initialization, stream="reinit", budget=budget)
+
+    def steps(self, fraction: float) -> int:
+        """A fraction of the recipe's steps, at least 1."""
+        return max(1, round(self.base.recipe.steps * fraction))
 
     def _pruned(self, parent: str, level: int, **how: Any) -> str:
         start = Pruned(parent=parent, prune=self.prune, level=level, **how)
@@ -118,9 +122,29 @@ class Finetune(Spec):
 
     def run(self, family: Family, level: int) -> str:
         """The address of the run at a level, at least 1."""
-        steps = max(1, round(family.base.recipe.steps * self.fraction))
         how = pruning.LearningRate if self.replay else pruning.Continue
-        return family.on_ticket_mask(level, weights=how(steps=steps))
+        return family.on_ticket_mask(level, weights=how(steps=family.steps(self.fraction)))
+
+
+class FinetuneSmall(Spec):
+    """As `Finetune`, at a small constant rate: what pruning papers do.
+
+    Source: Liu et al. 2019 (1810.05270), section 4 (a quarter of the epochs at a hundredth of the
+    first rate).
+
+    Args:
+        fraction: of the recipe's steps, in (0, 1].
+        factor: on the recipe's learning rate, above 0.
+    """
+
+    fraction: float = Field(default=0.25, gt=0, le=1)
+    factor: float = Field(default=0.01, gt=0)
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        rate = family.base.recipe.learning_rate * self.factor
+        how = pruning.Continue(steps=family.steps(self.fraction), learning_rate=rate)
+        return family.on_ticket_mask(level, weights=how)
 
 
 class Reinit(Spec):
@@ -129,6 +153,43 @@ class Reinit(Spec):
     def run(self, family: Family, level: int) -> str:
         """The address of the run at a level, at least 1."""
         return family.on_ticket_mask(level, weights=family.fresh())
+
+
+class Scratch_E(Spec):
+    """What stays of the network, newly initialized, for the recipe's steps: `Reinit` by its name.
+
+    Source: Liu et al. 2019 (1810.05270), section 3, Scratch-E.
+    """
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=family.fresh())
+
+
+class Scratch_B(Spec):
+    """What stays of the network, newly initialized, at the cost of the whole network's training.
+
+    Source: Liu et al. 2019 (1810.05270), section 3, Scratch-B.
+    """
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=family.fresh(Budget()))
+
+
+class Scratch_B_Plus(Spec):
+    """As `Scratch_B`, the cost of fine-tuning counted too: what a fine-tuned network costs in all.
+
+    Args:
+        fraction: of the recipe's steps, that fine-tuning takes, in (0, 1].
+    """
+
+    fraction: float = Field(default=0.25, gt=0, le=1)
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        budget = Budget(finetuning=family.steps(self.fraction))
+        return family.on_ticket_mask(level, weights=family.fresh(budget))
 
 
 class Shuffled(Spec):
@@ -165,7 +226,19 @@ class OtherInit(Spec):
 
 
 Arm = Annotated[
-    Dense | Ticket | Rewind | Finetune | Reinit | Shuffled | Random | OtherOrder | OtherInit,
+    Dense
+    | Ticket
+    | Rewind
+    | Finetune
+    | FinetuneSmall
+    | Reinit
+    | Scratch_E
+    | Scratch_B
+    | Scratch_B_Plus
+    | Shuffled
+    | Random
+    | OtherOrder
+    | OtherInit,
     FAMILY,
 ]
 
@@ -196,6 +269,11 @@ EFFECTS = (
         "matching", "ticket", "dense", "is the ticket as good as the dense network?", "non-inferior"
     ),
     Effect("weights", "finetune", "reinit", "is it what the weights learned?"),
+    Effect("weights-e", "finetune", "scratch-e", "is it what the weights learned?"),
+    Effect("weights-b", "finetune", "scratch-b", "is it so at an equal budget?"),
+    Effect("weights-small-e", "finetune-small", "scratch-e", "and at the papers' small rate?"),
+    Effect("weights-small-b", "finetune-small", "scratch-b", "and that at an equal budget?"),
+    Effect("scratch", "scratch-b", "finetune", "is scratch as good at its budget?", "non-inferior"),
     Effect("initialization", "ticket", "reinit", "is it luck?"),
     Effect("connectivity", "reinit", "shuffled", "is it which connections?"),
     Effect("allocation", "shuffled", "random", "is it how many in which layer?"),

@@ -59,10 +59,11 @@ class Predictor:
     def seconds(self, address: str, engine: Name) -> float:
         """What a run takes."""
         run = self.graph.runs[address]
-        work, (first, last) = self._workload(address, engine), run.clock
+        work, clock = self._workload(address, engine), self.graph.clock(address)
+        first, last = clock
         step = self.pace.seconds(engine, work.step)
         look = self.pace.seconds(engine, work.evaluation(self.num_samples))
-        looks = num_evaluations(run.recipe, run.clock)
+        looks = num_evaluations(run.recipe, clock)
         return self.pace.start_seconds(engine) + (last - first) * step + looks * look
 
     def _workload(self, address: str, engine: Name) -> Workload:
@@ -105,7 +106,7 @@ class Costs:
 
     def steps(self, address: str) -> int:
         """Of a run."""
-        first, last = self.graph.runs[address].clock
+        first, last = self.graph.clock(address)
         return last - first
 
     def kind(self, address: str) -> str:

@@ -16,10 +16,36 @@ from windfall.data import Data
 from windfall.initialize import GlorotNormal, Initialization
 from windfall.models import Model
 from windfall.prune import Continue, LearningRate, Prune, Rewind, ToStep
-from windfall.spec import FAMILY, Spec
-from windfall.train import Recipe
+from windfall.spec import FAMILY, Spec, later
+from windfall.train import Constant, Recipe
 
 Address = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Budget(Spec):
+    """As many steps as cost what the whole network's training costs, in FLOPs.
+
+    T F / F' steps, rounded down, for the recipe's T steps and the multiply-adds F of the whole
+    network and F' of the smaller one: known once it is known what stays. The recipe's schedule is
+    stretched over them.
+
+    Source: Liu et al. 2019 (1810.05270), section 3, Scratch-B; it does not count fine-tuning.
+
+    Args:
+        finetuning: steps of fine-tuning the smaller network that are counted too, at least 0.
+    """
+
+    finetuning: int = Field(default=0, ge=0)
+
+    def steps(self, total: int, whole: int, kept: int) -> int:
+        """The number of steps.
+
+        Args:
+            total: the recipe's steps, T.
+            whole: multiply-adds of the whole network, F.
+            kept: multiply-adds of what stays, F', at least 1.
+        """
+        return total * whole // kept + self.finetuning
 
 
 class Fresh(Spec):
@@ -29,11 +55,13 @@ class Fresh(Spec):
         initialization: the distribution its weights are drawn from.
         stream: the random stream of the draws, `init` (theta_0) or `reinit` (theta_0').
         seed: of the draws; None is the run's own.
+        budget: what its number of steps follows from; None is the recipe's.
     """
 
     initialization: Initialization = GlorotNormal()
     stream: Literal["init", "reinit"] = "init"
     seed: int | None = Field(default=None, ge=0)
+    budget: Budget | None = later(None, absent=None)
 
 
 class Pruned(Spec):
@@ -83,16 +111,44 @@ class Run(Spec):
         return self.start.parent if isinstance(self.start, Pruned) else None
 
     @property
+    def weights(self) -> Rewind | Fresh:
+        """Where its weights start."""
+        return self.start.weights if isinstance(self.start, Pruned) else self.start
+
+    @property
+    def budget(self) -> Budget | None:
+        """What its number of steps follows from, if not from the recipe."""
+        return self.weights.budget if isinstance(self.weights, Fresh) else None
+
+    def trained_by(self, whole: int, kept: int) -> Recipe:
+        """The recipe that trains it, its budget and its rate of fine-tuning resolved.
+
+        Args:
+            whole: multiply-adds of the whole network.
+            kept: multiply-adds of what stays of it.
+        """
+        if self.budget is not None:
+            return self.recipe.stretched(self.budget.steps(self.recipe.steps, whole, kept))
+        match self.weights:
+            case Continue(learning_rate=float(rate)):
+                changed = {"learning_rate": rate, "schedule": Constant()}
+                return self.recipe.model_copy(update=changed)
+            case _:
+                return self.recipe
+
+    @property
     def clock(self) -> tuple[int, int]:
-        """The first step of its training and the one after the last."""
+        """The first step of its training and the one after the last.
+
+        With a budget, the last is that of the recipe: `trained_by` tells the number of steps.
+        """
         total = self.recipe.steps
-        weights = self.start.weights if isinstance(self.start, Pruned) else self.start
-        match weights:
-            case ToStep():
-                return weights.step, total
-            case LearningRate():
-                return total - weights.steps, total
-            case Continue():
-                return total, total + weights.steps
+        match self.weights:
+            case ToStep(step=step):
+                return step, total
+            case LearningRate(steps=steps):
+                return total - steps, total
+            case Continue(steps=steps):
+                return total, total + steps
             case Fresh():
                 return 0, total

@@ -144,7 +144,7 @@ class Queue:
 
     def work(self, addresses: Iterable[str]) -> int:
         """Their number of steps."""
-        clocks = [self.runs[address].clock for address in addresses]
+        clocks = [self.graph.clock(address) for address in addresses]
         return sum(last - first for first, last in clocks)
 
     def worked(self, unit: Unit, step: int) -> int:

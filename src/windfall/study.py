@@ -259,14 +259,21 @@ class Graph:
         How a global threshold falls on the layers it pools is only known after training; it is
         taken to be even.
         """
-        run, network = self.runs[address], self.network
-        kept = self.kept(address)
-        multiply_adds = sum(
-            Fraction(uses) * kept[name] / network.sizes[name]
-            for name, uses in network.multiply_adds.items()
-        )
-        first, last = run.clock
-        return flops.training_flops(round(multiply_adds), run.recipe.batch_size, last - first)
+        run, (first, last) = self.runs[address], self.clock(address)
+        macs = self._multiply_adds(address)
+        return flops.training_flops(macs, run.recipe.batch_size, last - first)
+
+    def clock(self, address: str) -> tuple[int, int]:
+        """The first step of a run's training and the one after the last; see `flops`."""
+        run = self.runs[address]
+        if run.budget is None:
+            return run.clock
+        whole = sum(self.network.multiply_adds.values())
+        return 0, run.trained_by(whole, max(1, self._multiply_adds(address))).steps
+
+    def _multiply_adds(self, address: str) -> int:
+        uses, sizes, kept = self.network.multiply_adds, self.network.sizes, self.kept(address)
+        return round(sum(Fraction(uses[name]) * kept[name] / sizes[name] for name in uses))
 
     def kept(self, address: str) -> Mapping[str, int | Fraction]:
         """The number of weights that a run keeps of every tensor; see `flops`."""

@@ -26,7 +26,7 @@ def outline(graph: Graph) -> Json:
         "densities": {str(level): graph.density(level) for level in graph.counts},
         "sizes": network.sizes,
         "flops": {address: graph.flops(address) for address in graph.runs},
-        "clocks": {address: list(run.clock) for address, run in graph.runs.items()},
+        "clocks": {address: list(graph.clock(address)) for address in graph.runs},
         "input_shape": list(network.input_shape),
         "num_classes": network.num_classes,
         "metric": study.metric,

@@ -11,6 +11,8 @@ from windfall.spec import Json
 _CAUSES = {
     "initialization": "its lucky initialization",
     "weights": "the weights it inherited",
+    "weights-e": "the weights it inherited, against scratch for as many steps",
+    "weights-b": "the weights it inherited, against scratch at the same budget",
     "connectivity": "which connections were kept",
     "allocation": "how many each layer kept",
 }

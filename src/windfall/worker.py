@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from windfall import data as datasets
-from windfall import models, seeds, structure, tickets
+from windfall import flops, models, seeds, structure, tickets
 from windfall.data import Dataset
 from windfall.engines import dispatch, rule
 from windfall.engines.contract import Task
 from windfall.engines.replay import Tell
 from windfall.initialize import initial_parameters
 from windfall.masks import Masks
-from windfall.prune import ToStep
+from windfall.prune import Continue, ToStep
 from windfall.runs import Fresh, Pruned, Run
 from windfall.spec import Json, SpecError, digest
 from windfall.store import FULL, Lab, Record, now
@@ -342,7 +342,7 @@ class Workshop:
         self, job: Job, program: _Program, pulse: Callable[[int], bool], tell: Tell, lose: Lose
     ) -> _Trained:
         states, facts = self._resumed(program, lose)
-        runs, data = [program.runs[address] for address in facts["stack"]], self.data(job.run)
+        runs = [program.runs[address] for address in facts["stack"]]
         keep = frozenset(facts["keep"])  # a checkpoint's too: its next one will claim them
         begun = saved = time.monotonic()
 
@@ -358,16 +358,26 @@ class Workshop:
             if is_stopping:
                 raise Stopped
 
-        tasks = [
-            Task(self.network(run, state), data, run.recipe, run.seed, run.clock[1], keep)
-            for run, state in zip(runs, states, strict=True)
-        ]
+        tasks = [self._task(run, state, keep) for run, state in zip(runs, states, strict=True)]
         spent, engine = facts["seconds"], facts["made_by"]["engine"]
         channels = [state.channels for state in states]
         finals = dispatch.train(engine.partition("/")[0], tasks, states, tick, tell)
         _give_channels(finals, channels)
         named = dict(zip(facts["stack"], finals, strict=True))
         return _Trained(named, spent + time.monotonic() - begun, engine)
+
+    def _task(self, run: Run, state: State, keep: frozenset[int]) -> Task:
+        data, network = self.data(run), self.network(run, state)
+        recipe, last = run.recipe, run.clock[1]
+        if run.budget is not None:
+            whole = flops.multiply_adds(self.network(run), data.input_shape)
+            own = flops.multiply_adds(network, data.input_shape)
+            kept = flops.masked_multiply_adds(own, state.masks)
+            recipe = run.trained_by(sum(whole.values()), sum(kept.values()))
+            last = recipe.steps
+        elif isinstance(run.weights, Continue):
+            recipe = run.trained_by(1, 1)
+        return Task(network, data, recipe, run.seed, last, keep)
 
     def _resumed(self, program: _Program, lose: Lose) -> tuple[list[State], Json]:
         """The states to train on from: of the checkpoint, if this worker would have written it."""
