@@ -35,6 +35,7 @@ FAMILIES = {
     "Criterion": criteria.Criterion,
     "Selection": selection.Selection,
     "Structure": structure.Structure,
+    "Penalty": train.Penalty,
     "Adjust": adjust.Adjust,
     "Rewind": prune.Rewind,
     "Start": runs.Start,

@@ -73,7 +73,10 @@ class Family:
         return self._add(start, self.runs[parent].seed)
 
     def _add(self, start: Start, seed: int) -> str:
-        run = self.base.model_copy(update={"start": start, "seed": seed})
+        recipe = self.base.recipe
+        if isinstance(start, Pruned):
+            recipe = recipe.model_copy(update={"penalty": None})
+        run = self.base.model_copy(update={"start": start, "seed": seed, "recipe": recipe})
         address = run.address
         self.runs.setdefault(address, run)
         return address

@@ -71,14 +71,15 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
     study, shape = graph.study, graph.network.input_shape
     with seeds.isolated(0, "inspect"):
         network = study.model.build(shape, graph.network.num_classes)
-    made: dict[float, Choice] = {}
+    made: dict[tuple[float, bool], Choice] = {}
     found: dict[str, Choice] = {}
     for address, run in graph.runs.items():
         is_masked = isinstance(run.start, Pruned) and not run.start.prune.is_structured
         density = graph.density(run.start.level) if is_masked else 1.0
-        if density not in made:
-            made[density] = choose(study.engine, network, shape, density, device)
-        found[address] = made[density]
+        key = density, run.recipe.penalty is not None
+        if key not in made:
+            made[key] = choose(study.engine, network, shape, density, device, run.recipe)
+        found[address] = made[key]
     return found
 
 

@@ -348,6 +348,8 @@ def _inspect(study: Study, data: Dataset) -> Network:
     multiply_adds = flops.multiply_adds(module, shape)
     tensors = params | dict(module.named_buffers())
     groups = _groups(study, module, shape)
+    if study.recipe.penalty is not None:
+        study.recipe.penalty.scales(module)
     return Network(
         sizes, kinds, multiply_adds, shape, data.num_classes, structure.shapes(tensors), groups
     )

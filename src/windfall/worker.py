@@ -416,7 +416,8 @@ class Workshop:
         run = program.runs[address]
         shape, density = self.data(run).input_shape, rule.kept(state)
         network = self.network(run, state)
-        engine = rule.choose(program.engine, network, shape, density, self.device).engine
+        choice = rule.choose(program.engine, network, shape, density, self.device, run.recipe)
+        engine = choice.engine
         return {"engine": f"{engine}/{self.device}", "versions": versions()}
 
 

@@ -73,6 +73,14 @@ def evaluation(
     return Evaluation(state.step, train_loss, *validation, *test)
 
 
+def refuse_penalty(recipe: Recipe, engine: str) -> None:
+    """Refuse, by `Unsupported`, a penalty in an engine that knows none."""
+    if recipe.penalty is not None:
+        raise Unsupported(
+            f"`engine` must be separate or auto where `recipe.penalty` is set; got {engine}."
+        )
+
+
 def check(network: nn.Module, state: State) -> None:
     """Refuse a state that is another network's, or whose pruned weights would come back.
 

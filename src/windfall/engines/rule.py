@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from windfall.data import Dataset
-from windfall.engines.contract import Task, Unsupported
+from windfall.engines.contract import Task, Unsupported, refuse_penalty
 from windfall.samples import Part
 from windfall.train import Recipe, State
 
@@ -48,7 +48,12 @@ class Choice:
 
 
 def choose(
-    asked: Asked, network: nn.Module, input_shape: tuple[int, ...], density: float, device: str
+    asked: Asked,
+    network: nn.Module,
+    input_shape: tuple[int, ...],
+    density: float,
+    device: str,
+    recipe: Recipe | None = None,
 ) -> Choice:
     """The engine of a run.
 
@@ -58,6 +63,7 @@ def choose(
         input_shape: of one sample.
         density: fraction of the prunable weights that are trained, in (0, 1].
         device: `cpu` or `cuda`.
+        recipe: how it is trained; None is without a penalty.
 
     Raises:
         Unsupported: when the engine asked for by name cannot train the network; the message names
@@ -65,6 +71,10 @@ def choose(
     """
     if asked == "separate":
         return Choice(asked)
+    if recipe is not None and recipe.penalty is not None:
+        if asked != "auto":
+            refuse_penalty(recipe, asked)
+        return Choice("separate", "`recipe.penalty` is known to `separate` alone.")
     if asked == "stacked":
         _examine(network, input_shape)
         return Choice(asked)

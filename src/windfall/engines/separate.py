@@ -52,6 +52,8 @@ class _Training:
                 self.optimizer.state[self.named[name]][kind] = value.to(device).clone()
         self.masks: Masks = {n: mask.to(device) for n, mask in state.masks.items()}
         self.masked = [(self.named[n], -mask.to(BITS[dtype])) for n, mask in self.masks.items()]
+        penalty = self.recipe.penalty
+        self.scales = list(penalty.scales(self.network).values()) if penalty else []
         self.batches = _indices(task, state.step)
         self.looks = [
             (part, self.data.prepare(part.inputs, dtype))
@@ -95,6 +97,10 @@ class _Training:
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.network(inputs), labels)
         loss.backward()
+        if self.recipe.penalty is not None:
+            for scale in self.scales:
+                assert scale.grad is not None
+                scale.grad.add_(scale.detach().sign(), alpha=self.recipe.penalty.strength)
         for weight, bits in self.masked:
             if weight.grad is not None:  # a product would leave NaN where a gradient overflowed
                 weight.grad.view(bits.dtype).bitwise_and_(bits)
