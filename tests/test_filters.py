@@ -122,10 +122,11 @@ def test_a_scale_is_the_mean_of_those_of_all_normalizations():
 
 
 def test_a_network_without_normalization_has_no_scales():
-    groups = structure.trace(models.Conv_2(width=0.1).build((3, 8, 8), 4), (3, 8, 8))
+    bare = models.Conv_2(width=0.1).build((3, 8, 8), 4)
+    groups = structure.trace(bare, (3, 8, 8))
     with pytest.raises(SpecError, match=r"normalization-scale must .* those of `conv1\.weight`"):
-        NormalizationScale().refuse(groups)
-    NormalizationScale().refuse(evidence().groups.values())
+        NormalizationScale().refuse(bare, groups)
+    NormalizationScale().refuse(network(), evidence().groups.values())
 
 
 # -- contributions ---------------------------------------------------------------------------------
@@ -179,8 +180,10 @@ def test_a_reader_with_groups_is_refused_by_name():
     model = nn.Sequential(parts, nn.Flatten(), nn.LazyLinear(3))
     model(torch.zeros(1, *SHAPE))
     group = next(g for g in structure.trace(model, SHAPE) if g.name == "0.0.weight")
-    with pytest.raises(SpecError, match=r"`0\.1\.weight` is of a Conv2d\. Use filter-norm"):
-        reconstruction.readers(model, group)
+    for member in (Thinet(), FeatureReconstruction()):
+        with pytest.raises(SpecError, match=r"`0\.1\.weight` is of a Conv2d\. Use filter-norm"):
+            member.refuse(model, [group])
+    FilterNorm().refuse(model, [group])
 
 
 # -- ThiNet ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from windfall import reconstruction, seeds
 from windfall.evidence import Evidence
@@ -38,7 +38,7 @@ class FilterNorm(Spec):
     prunes: ClassVar[Unit] = "channels"
     order: Literal[1, 2] = 1
 
-    def refuse(self, groups: Iterable[Group]) -> None:
+    def refuse(self, network: nn.Module, groups: Iterable[Group]) -> None:
         """No network is unfit."""
 
     def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
@@ -68,7 +68,7 @@ class NormalizationScale(Spec):
 
     prunes: ClassVar[Unit] = "channels"
 
-    def refuse(self, groups: Iterable[Group]) -> None:
+    def refuse(self, network: nn.Module, groups: Iterable[Group]) -> None:  # noqa: ARG002
         """Refuse, by a `SpecError`, a network with channels that are not normalized."""
         for group in groups:
             if not group.scales:
@@ -80,7 +80,6 @@ class NormalizationScale(Spec):
 
     def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
         """A number for each channel, by group's name."""
-        self.refuse(evidence.groups[name] for name in names)
         return {name: self._scales(evidence, evidence.groups[name]) for name in names}
 
     def _scales(self, evidence: Evidence, group: Group) -> Tensor:
@@ -104,8 +103,10 @@ class _Reconstructing(Spec):
     num_images: int = Field(default=NUM_IMAGES, ge=1)
     num_samples: int = Field(default=NUM_SAMPLES, ge=1)
 
-    def refuse(self, groups: Iterable[Group]) -> None:
-        """No network is unfit for its groups alone."""
+    def refuse(self, network: nn.Module, groups: Iterable[Group]) -> None:
+        """Refuse, by a `SpecError`, a network with channels whose readers cannot be looked at."""
+        for group in groups:
+            reconstruction.readers(network, group)
 
     def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
         """A number for each channel, by group's name."""
@@ -147,3 +148,6 @@ class FeatureReconstruction(_Reconstructing):
 
     def _of(self, sampled: Array) -> Array:
         return reconstruction.lasso_strengths(sampled)
+
+
+ChannelCriterion = FilterNorm | NormalizationScale | Thinet | FeatureReconstruction

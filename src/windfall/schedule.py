@@ -74,8 +74,11 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
     made: dict[tuple[float, bool], Choice] = {}
     found: dict[str, Choice] = {}
     for address, run in graph.runs.items():
-        is_masked = isinstance(run.start, Pruned) and not run.start.prune.is_structured
-        density = graph.density(run.start.level) if is_masked else 1.0
+        match run.start:
+            case Pruned(prune=prune, level=level) if not prune.is_structured:
+                density = graph.density(level)
+            case _:  # a network without channels is trained whole
+                density = 1.0
         key = density, run.recipe.penalty is not None
         if key not in made:
             made[key] = choose(study.engine, network, shape, density, device, run.recipe)

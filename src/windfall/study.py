@@ -29,6 +29,7 @@ from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, R
 from windfall.data import Data, Dataset, UserData, tensors
 from windfall.data import load as load_data
 from windfall.engines.rule import Asked
+from windfall.filters import ChannelCriterion
 from windfall.initialize import GlorotNormal, Initialization, TorchDefault
 from windfall.models import Kind, ModelField, UserModel
 from windfall.prune import LearningRate, Prune, ToStep
@@ -360,7 +361,8 @@ def _groups(study: Study, module: nn.Module, shape: tuple[int, ...]) -> tuple[Gr
     if not isinstance(prune.structure, Channels):
         return ()
     groups = structure.trace(module, shape)
-    prune.criterion.refuse(prune.structure.of(groups).values())
+    assert isinstance(prune.criterion, ChannelCriterion)
+    prune.criterion.refuse(module, prune.structure.of(groups).values())
     return groups
 
 
