@@ -246,6 +246,27 @@ GOLDEN = {
         recipe=train.Recipe(),
         seed=7,
     ),
+    "bff49b95aeedca88c4362b9de92152438aa69c02e26d678a9a7540de3754a1df": child(
+        level=1, weights=runs.Fresh(stream="reinit", budget=runs.Budget())
+    ),
+    "981655d8d6a33340a8f520bff430809406501a5588cac1af69f2ad271a107273": child(
+        level=1, weights=prune.Continue(steps=100, learning_rate=1e-5)
+    ),
+    "7db67918ce50e403110f60728c77a0e5fdbb6180f29bebeb414df99fc17d012e": child(
+        level=1,
+        prune=prune.Prune(criterion="thinet", structure="channels", adjust="rescale"),
+    ),
+    "fccb329dd312a7d67d7daff01d767002fa7537db84f30f5bd4f8731a48c509be": child(
+        level=1,
+        prune=prune.Prune(
+            criterion="filter-norm",
+            structure="channels",
+            selection=selection.Published(target="resnet-56-b"),
+        ),
+    ),
+    "b2b6523e6366544a2423a6b30fe4ede270c539662090eadd3424205c3f9b4c28": DENSE.model_copy(
+        update={"recipe": train.Recipe(penalty=train.ScalePenalty())}
+    ),
 }
 
 
