@@ -5,7 +5,7 @@ import small
 import torch
 from torch.func import functional_call
 
-from windfall import flops, models, structure
+from windfall import flops, models, structure, tickets
 from windfall.initialize import GlorotNormal, initial_parameters
 from windfall.spec import SpecError
 from windfall.store import Lab
@@ -330,3 +330,18 @@ def test_a_stretched_recipe_drops_its_rate_at_the_same_fractions():
     assert (longer.steps, longer.schedule.at) == (243, (121, 182))
     assert recipe.stretched(160) == recipe
     assert Recipe(steps=10).stretched(25) == Recipe(steps=25)
+
+
+@pytest.mark.parametrize("name", ["norm1.running_mean", "stage2.block1.conv1.weight"])
+def test_a_smaller_network_that_is_not_what_it_says_is_never_trained(labs, monkeypatch, name):
+    of, lab = labs("l1-norm")
+    honest = structure.shrunk
+
+    def wrong(tensors, groups, channels):
+        kept = honest(tensors, groups, channels)
+        kept[name] = kept[name].flip(0)
+        return kept
+
+    monkeypatch.setattr(structure, "shrunk", wrong)
+    with pytest.raises(tickets.BrokenTicket, match=f"what stays of `{name}` differs"):
+        start(of, lab, "finetune", 1)

@@ -6,7 +6,7 @@ trained weights, and what the network makes of training inputs.
     FilterNorm().score(evidence, ["conv1.weight"])  # a number for each channel, by group's name
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -108,20 +108,14 @@ class _Reconstructing(Spec):
         for group in groups:
             reconstruction.readers(network, group)
 
-    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
-        """A number for each channel, by group's name."""
+    def _sampled(self, evidence: Evidence, names: Iterable[str]) -> Iterator[tuple[str, Array]]:
+        """What the channels of each group add to sampled outputs of their readers."""
         network, inputs = evidence.seen(self.num_images)
         place = {name: index for index, name in enumerate(evidence.groups)}
-        scores: Scores = {}
         for name in names:
             stream = seeds.stream(evidence.seed, "prune", evidence.level, place[name])
-            group = evidence.groups[name]
-            sampled = reconstruction.contributions(network, group, inputs, stream, self.num_samples)
-            scores[name] = torch.from_numpy(self._of(sampled))
-        return scores
-
-    def _of(self, sampled: Array) -> Array:
-        raise NotImplementedError
+            group, num = evidence.groups[name], self.num_samples
+            yield name, reconstruction.contributions(network, group, inputs, stream, num)
 
 
 class Thinet(_Reconstructing):
@@ -133,11 +127,14 @@ class Thinet(_Reconstructing):
     Source: Luo, Wu & Lin 2017 (1707.06342), section 3.2.
     """
 
-    def _of(self, sampled: Array) -> Array:
-        order = reconstruction.greedy_removal(sampled)
-        ranks = torch.empty(len(order), dtype=torch.float64)
-        ranks[order] = torch.arange(len(order), dtype=torch.float64)
-        return ranks.numpy()
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """A number for each channel, by group's name."""
+        scores: Scores = {}
+        for name, sampled in self._sampled(evidence, names):
+            order = reconstruction.greedy_removal(sampled)
+            scores[name] = torch.empty(len(order), dtype=torch.float64)
+            scores[name][order] = torch.arange(len(order), dtype=torch.float64)
+        return scores
 
 
 class FeatureReconstruction(_Reconstructing):
@@ -146,8 +143,12 @@ class FeatureReconstruction(_Reconstructing):
     Source: He, Zhang & Sun 2017 (1707.06168), section 3.1.
     """
 
-    def _of(self, sampled: Array) -> Array:
-        return reconstruction.lasso_strengths(sampled)
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """A number for each channel, by group's name."""
+        return {
+            name: torch.from_numpy(reconstruction.lasso_strengths(sampled))
+            for name, sampled in self._sampled(evidence, names)
+        }
 
 
 ChannelCriterion = FilterNorm | NormalizationScale | Thinet | FeatureReconstruction

@@ -63,6 +63,11 @@ def _refuse_empty(counts: dict[str, int], level: int) -> dict[str, int]:
     return counts
 
 
+def _each(scores: Scores, alive: Masks, counts: dict[str, int]) -> Masks:
+    """The highest of each tensor by itself."""
+    return {name: highest(scores[name], mask, counts[name]) for name, mask in alive.items()}
+
+
 class Layerwise(Spec):
     """Each tensor by itself, at the rate of its kind of layer.
 
@@ -94,8 +99,7 @@ class Layerwise(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        counts = self.counts(sizes(alive), kinds, level)
-        return {n: highest(scores[n], mask, counts[n]) for n, mask in alive.items()}
+        return _each(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
 class Global(Spec):
@@ -181,8 +185,7 @@ class Ratios(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        counts = self.counts(sizes(alive), kinds, level)
-        return {n: highest(scores[n], mask, counts[n]) for n, mask in alive.items()}
+        return _each(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
 Target = Literal["vgg-16-a", "resnet-56-a", "resnet-56-b", "resnet-110-a", "resnet-110-b"]
@@ -241,8 +244,7 @@ class Published(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        counts = self.counts(sizes(alive), kinds, level)
-        return {n: highest(scores[n], mask, counts[n]) for n, mask in alive.items()}
+        return _each(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
 Selection = Annotated[Layerwise | Global | Ratios | Published, FAMILY]

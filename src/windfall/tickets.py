@@ -118,6 +118,9 @@ def begin_smaller(
     }
     own = structure.restricted(groups, before, initial)
     channels = before | _chosen(start, lineage, around, (groups, own), before, kinds, seed)
+    for name, stay in channels.items():
+        if bool((stay & ~before[name]).any()) or not bool(stay.any()):
+            raise BrokenTicket(f"the channels of `{name}` are none, or not among its parent's")
     local = {name: stay[before[name]] for name, stay in channels.items()}
     if around.fresh is not None:
         wanted = structure.shapes(structure.shrunk(initial, groups, channels))
@@ -125,7 +128,9 @@ def begin_smaller(
         return replace(state, channels=channels)
     source = lineage.source
     is_whole = not source.channels
-    state = _without(source, *((groups, channels) if is_whole else (own, local)))
+    removed = (groups, channels) if is_whole else (own, local)
+    state = _without(source, *removed)
+    _prove_smaller(state, source, *removed)
     state.channels = channels
     if isinstance(start.weights, ToStep) and start.weights.optimizer == "reset":
         state.optimizer = {}
@@ -192,6 +197,22 @@ def _without(source: State, groups: Sequence[Group], channels: Masks) -> State:
             for kind, moments in source.optimizer.items()
         },
     )
+
+
+def _prove_smaller(ticket: State, source: State, groups: Sequence[Group], channels: Masks) -> None:
+    """Check that what stays equals its source bit for bit, found there by masks of its shape.
+
+    Raises:
+        BrokenTicket: naming the tensor.
+    """
+    origin, found = source.params | source.buffers, ticket.params | ticket.buffers
+    masks = structure.masks(groups, channels, origin)
+    for name, value in found.items():
+        kept = origin[name][masks[name]] if name in masks else origin[name].flatten()
+        if not torch.equal(_bits(value.flatten()), _bits(kept)):
+            raise BrokenTicket(f"what stays of `{name}` differs from its source")
+        if value.numel() and _place(value) == _place(origin[name]):
+            raise BrokenTicket(f"`{name}` shares its storage with its source")
 
 
 def _adjust(
