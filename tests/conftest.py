@@ -2,6 +2,8 @@
 
 import pytest
 
+from windfall.store import Lab
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
@@ -9,3 +11,11 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WINDFALL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """An empty one."""
+    opened = Lab(tmp_path / "lab")
+    yield opened
+    opened.close()

@@ -72,13 +72,6 @@ class Noisy(Net):
 ONE_LEVEL = {"levels": 1, "arms": ["ticket", "reinit"]}  # 6 runs of two seeds
 
 
-@pytest.fixture
-def lab(tmp_path):
-    opened = Lab(tmp_path / "lab")
-    yield opened
-    opened.close()
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("library")

@@ -91,13 +91,6 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.fixture
-def lab(tmp_path):
-    opened = Lab(tmp_path / "lab")
-    yield opened
-    opened.close()
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """The default graph, and its contents when it is trained unbroken."""

@@ -47,13 +47,6 @@ class Wired(nn.Module):
         return self.output(self.hidden(inputs.flatten(1)[:, self.wires]).relu())
 
 
-@pytest.fixture
-def lab(tmp_path):
-    opened = Lab(tmp_path / "lab")
-    yield opened
-    opened.close()
-
-
 def dense_job(engine: str = "separate", **recipe: object) -> Job:
     """By default on the engine that can be stopped at any step."""
     settings = {"num_seeds": 1, "arms": ["dense"], "levels": 1, "engine": engine}

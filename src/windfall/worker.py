@@ -351,9 +351,9 @@ class Workshop:
             is_stopping, clock = pulse(step), time.monotonic()
             if is_stopping or clock - saved > job.checkpoint_seconds:
                 facts["seconds"] += clock - saved
-                now = states_now()
-                _give_channels(now, channels)
-                self.lab.save_checkpoints(facts["stack"][0], now, facts)
+                current = states_now()
+                _give_channels(current, channels)
+                self.lab.save_checkpoints(facts["stack"][0], current, facts)
                 saved = time.monotonic()
             if is_stopping:
                 raise Stopped
