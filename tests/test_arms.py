@@ -267,13 +267,15 @@ def test_nothing_is_made_twice():
 
 
 def test_effects_are_the_comparisons_of_the_design():
-    assert {effect.name: (effect.arm, effect.against) for effect in EFFECTS} == {
+    named = {effect.name: (effect.arm, effect.against) for effect in reversed(EFFECTS)}
+    assert named == {
         "matching": ("ticket", "dense"),
         "weights": ("finetune", "reinit"),
         "weights-e": ("finetune", "scratch-e"),
         "weights-b": ("finetune", "scratch-b"),
         "weights-small-e": ("finetune-small", "scratch-e"),
         "weights-small-b": ("finetune-small", "scratch-b"),
+        "weights-b-plus": ("finetune", "scratch-b-plus"),
         "scratch": ("scratch-b", "finetune"),
         "initialization": ("ticket", "reinit"),
         "connectivity": ("reinit", "shuffled"),

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 from typer.testing import CliRunner
 
-from windfall import cli, study, verbs
+from windfall import cli, settings, verbs
 from windfall.spec import SpecError
 
 TINY = (
@@ -261,6 +261,6 @@ def test_a_full_disk_ends_with_exit_code_1(call, monkeypatch):
     assert sqlite3.connect("lab/lab.sqlite").execute("SELECT COUNT(*) FROM runs").fetchone() == (0,)
 
 
-@pytest.mark.parametrize("name", study.bundled())
+@pytest.mark.parametrize("name", settings.bundled())
 def test_every_bundled_study_is_a_valid_study_of_its_own_name(name):
-    assert study.load(name).name == name
+    assert settings.load(name).name == name

@@ -15,9 +15,9 @@ LAYERS = {
     "mathematics": "masks, initialize, models, flops, structure, reconstruction, evidence, "
     "filters, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, train, runs, probes, engines, tickets, arms",
-    "studies": "stats, study, states, store, worker, service, schedule, execute",
-    "outside": "workload, trials, pace, costs, words, findings, tables, plots, page, display, "
-    "bench, verbs, cli",
+    "studies": "stats, study, suite, settings, states, store, worker, service, schedule, execute",
+    "outside": "workload, trials, pace, costs, words, findings, tables, overview, plots, page, "
+    "display, bench, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

@@ -53,6 +53,9 @@ def arm_row(
         "num_seeds": len(values),
         "num_diverged": 0,
         "num_censored": int(metric == "early_stop_step" and arm == "random" and level > 3),
+        "steps": 1000 * (level + 1),
+        "multiply_adds": 100_000 * density,
+        "flops": 6e9 * density * (level + 1),
         "runs": [
             {"seed": seed, "address": address(kind, arm, level, seed), "value": value}
             for seed, value in enumerate(values)
@@ -99,6 +102,7 @@ def effect_row(
         "p_value": None,
         "num_diverged": 0,
         "seeds_needed": None,
+        "budget_ratio": one["flops"] / other["flops"],
     }
     pairs = [(a["value"], b["value"]) for a, b in zip(one["runs"], other["runs"], strict=True)]
     if any(None in pair for pair in pairs):
@@ -592,3 +596,14 @@ def test_a_censored_mean_is_marked_as_a_lower_bound():
 def test_a_duration_is_said_in_two_units_at_most(seconds, text):
     document = nothing() | {"seconds": seconds, "flops": 2.1e15}
     assert f"2.1 PFLOPs in {text}" in " ".join(re.sub(r"<[^>]*>", " ", render(document)).split())
+
+
+def test_every_row_of_an_arm_tells_what_its_training_cost():
+    row = next(row for row in lottery()["arms"] if row["level"] == 2)
+    assert f" {row['steps']:,} " in words_of(lottery)
+    assert f" {row['flops'] / 1e9:.3g} GFLOPs " in words_of(lottery)
+
+
+def test_every_verdict_tells_how_the_costs_compare():
+    row = lottery()["verdicts"][0]
+    assert f"training FLOPs {row['budget_ratio']:.3g} to 1" in words_of(lottery)

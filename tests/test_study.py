@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from windfall import flops, masks, models, spec, study
+from windfall import flops, masks, models, settings, spec, study
 from windfall.arms import Dense, Finetune, OtherInit, OtherOrder, Random, Reinit, Rewind, Shuffled
 from windfall.arms import Ticket as TicketArm
 from windfall.data import Digits, Gaussian, tensors
@@ -19,8 +19,9 @@ from windfall.models import Conv_2, Conv_4, Mlp
 from windfall.prune import Continue, LearningRate, Prune, ToStep
 from windfall.runs import Fresh, Pruned
 from windfall.selection import Global, Layerwise, uniform
+from windfall.settings import load
 from windfall.spec import SpecError
-from windfall.study import Study, expand, load
+from windfall.study import Study, expand
 from windfall.train import Adam, Cosine, Recipe, Sgd
 
 DATA = Gaussian(dimension=6, num_train=40, num_validation=10, num_test=10, num_classes=3)
@@ -467,7 +468,7 @@ def test_a_study_is_what_its_json_says():
 # -- settings ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", study.bundled())
+@pytest.mark.parametrize("name", settings.bundled())
 class TestEveryBundledStudy:
     def test_it_says_what_it_is(self, name):
         made = load(name)
@@ -480,7 +481,7 @@ class TestEveryBundledStudy:
         assert max(node.level for node in graph.nodes) == graph.study.levels
 
     def test_its_words_are_its_own(self, name):
-        others = [load(other) for other in study.bundled() if other != name]
+        others = [load(other) for other in settings.bundled() if other != name]
         assert load(name).title not in [other.title for other in others]
 
 
@@ -853,17 +854,17 @@ def networks(tmp_path, monkeypatch):
 
 def test_a_study_can_be_named_without_running_its_networks_code(networks, written):
     path = written('model = "keyed_networks:make"\ndata = "digits"')
-    known = study.key(load(path))
+    known = settings.key(load(path))
     networks.write_text("raise RuntimeError('was run')")
     sys.modules.pop("keyed_networks")
-    assert study.key(load(path, code=False)) == known
+    assert settings.key(load(path, code=False)) == known
     with pytest.raises(SpecError, match="was run"):
         load(path)
 
 
 def test_a_studys_key_is_of_all_its_settings():
-    assert study.key(load("lottery")) != study.key(load("lottery", {"recipe.steps": 5}))
-    assert study.key(load("lottery")) == study.key(load("lottery", {"title": "told"}))
+    assert settings.key(load("lottery")) != settings.key(load("lottery", {"recipe.steps": 5}))
+    assert settings.key(load("lottery")) == settings.key(load("lottery", {"title": "told"}))
 
 
 def test_data_may_be_tensors_and_a_study_of_them_is_of_their_content():

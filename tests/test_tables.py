@@ -58,6 +58,8 @@ def fill(lab: Lab, graph: Graph, accuracy, *, status="done", best=1, skip=()) ->
             "separate/cpu",
             {"windfall": "1", "torch": "2", "numpy": "3"},
             now(),
+            budget={"steps": run.clock[1] - run.clock[0], "multiply_adds": 7 + node.level},
+            distance=2.0 + node.seed,
         )
         lab.finish(record, state)
 
@@ -110,8 +112,52 @@ def test_every_mean_and_interval_is_that_of_the_runs_it_names(lab):
                 "test_accuracy": evaluations[-1].test_accuracy,
                 "test_accuracy_at_early_stop": evaluations[1].test_accuracy,
                 "early_stop_step": evaluations[1].step - first,
+                "distance": 2.0 + run["seed"],
             }
             assert run["value"] == expected[found["metric"]]
+
+
+def test_every_row_tells_the_budget_that_its_runs_were_granted(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    rows = summed(graph, lab)["arms"]
+    for found in rows:
+        first, last = graph.runs[found["runs"][0]["address"]].clock
+        assert (found["steps"], found["multiply_adds"]) == (last - first, 7 + found["level"])
+        batch_size = graph.study.recipe.batch_size
+        assert found["flops"] == 2 * 3 * (7 + found["level"]) * batch_size * (last - first)
+
+
+def test_until_they_are_trained_the_budget_is_the_planned_one(lab):
+    graph = expand(study())
+    rows = summed(graph, lab)["arms"]
+    for found in rows:
+        assert found["flops"] == pytest.approx(graph.flops(found["runs"][0]["address"]))
+
+
+def test_a_comparison_tells_how_the_costs_compare(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    cost = {(r["arm"], r["level"]): r["flops"] for r in document["arms"]}
+    for row in [*document["verdicts"], *document["comparisons"]]:
+        at = 0 if row["against"] == "dense" else row["level"]
+        ratio = cost[row["arm"], row["level"]] / cost[row["against"], at]
+        assert row["budget_ratio"] == pytest.approx(ratio)
+
+
+def test_of_two_effects_that_compare_the_same_runs_there_is_one_row(lab):
+    graph = expand(study(arms=("dense", "ticket", "reinit", "scratch-e", "finetune")))
+    fill(lab, graph, noisy)
+    names = [row["effect"] for row in summed(graph, lab)["verdicts"]]
+    assert names == ["matching", "weights", "initialization"]
+    graph = expand(study(arms=("dense", "ticket", "scratch-e", "finetune")))
+    rows = summed(graph, lab)["verdicts"]
+    assert [(row["effect"], row["against"]) for row in rows] == [
+        ("matching", "dense"),
+        ("weights-e", "scratch-e"),
+        ("initialization", "scratch-e"),
+    ]
 
 
 def test_verdicts_are_paired_by_seed_and_decided_as_one_family(lab):

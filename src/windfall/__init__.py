@@ -24,10 +24,10 @@ from windfall.data import tensors
 from windfall.execute import Interrupted
 from windfall.prune import Prune
 from windfall.runs import Run
+from windfall.settings import load as load_study
 from windfall.spec import SpecError
 from windfall.store import Lab
 from windfall.study import Study
-from windfall.study import load as load_study
 from windfall.train import Recipe
 from windfall.verbs import Result, plan, report, run, show
 

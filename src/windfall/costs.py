@@ -7,7 +7,7 @@ typical figures.
 
 import heapq
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -213,7 +213,13 @@ def wall_seconds(graph: Graph, seconds: Mapping[str, float], workers: int) -> fl
     return clock
 
 
-def estimate(graph: Graph, lab: Lab | None, workers: int, device: str = "cpu") -> Json:
+def estimate(
+    graph: Graph,
+    lab: Lab | None,
+    workers: int,
+    device: str = "cpu",
+    beside: Collection[str] = (),
+) -> Json:
     """What a study needs and what is missing, as a JSON-able document.
 
     Args:
@@ -221,6 +227,7 @@ def estimate(graph: Graph, lab: Lab | None, workers: int, device: str = "cpu") -
         lab: where runs may be stored, or None.
         workers: number of processes that would train.
         device: they would train on.
+        beside: addresses of runs that are trained before, for another study.
 
     Returns:
         `runs` (total, stored, missing), `rows` (a row per arm and level, with its engine), `flops`
@@ -228,7 +235,7 @@ def estimate(graph: Graph, lab: Lab | None, workers: int, device: str = "cpu") -
         the other), what that rests on, and why the sparse engine cannot train the network.
     """
     found = costs(graph, lab, device)
-    missing = found.missing
+    missing = [address for address in found.missing if address not in beside]
     told = {address: found.seconds(address) for address in missing}
     seconds = {address: taken for address, (taken, _) in told.items()}
     begin = found.predictor.pace.process if found.predictor and missing else 0.0

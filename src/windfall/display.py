@@ -112,21 +112,49 @@ def arms(document: Json) -> Table:
 def verdicts(document: Json) -> Table:
     """The table of verdicts, Holm-adjusted."""
     table = Table(title="Verdicts: Holm-adjusted, each interval at the level that decides")
-    for column in ("effect", "compares", "difference", "interval", "n", "p adjusted", "verdict"):
-        table.add_column(column, justify="left" if column in ("effect", "compares") else "right")
+    numbers = ("difference", "interval", "n", "p adjusted", "FLOPs ratio", "verdict")
+    is_suite = "cases" in document
+    for column in (*(("case",) if is_suite else ()), "effect", "compares"):
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
     for row in document["verdicts"]:
         told = words.interval(row).removesuffix(f", n = {row['num_seeds']}").split(" [")
         word = row["verdict"]
         needed = f" (~{row['seeds_needed']:,} seeds)" if row["seeds_needed"] else ""
         p_value = row["p_adjusted"]
+        ratio = row["budget_ratio"]
         table.add_row(
+            *((row["case"],) if is_suite else ()),
             row["effect"],
             f"{row['arm']} - {row['against']}",
             told[0],
             f"[{told[1]}" if len(told) > 1 else "-",
             str(row["num_seeds"]),
             "-" if p_value is None else f"{p_value:.2g}",
+            "-" if ratio is None else f"{ratio:.3g}",
             Text(word + needed, style=_COLOURS[word]),
+        )
+    return table
+
+
+def budgets(document: Json) -> Table:
+    """What each arm was granted at the level of the verdicts, means over seeds."""
+    settings = document["settings"]
+    shown = (0, settings["verdict_level"] or settings["levels"])
+    table = Table(title="Budgets: what was granted for training, means over seeds")
+    for column in ("arm", "weights", "multiply-adds", "steps", "FLOPs", "of dense"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    rows = [row for row in document["arms"] if row["metric"] == settings["metric"]]
+    dense = next((row["flops"] for row in rows if row["level"] == 0), None)
+    for row in (row for row in rows if row["level"] in shown):
+        table.add_row(
+            row["arm"],
+            words.percent(row["density"]),
+            f"{row['multiply_adds']:,.0f}",
+            f"{row['steps']:,.0f}",
+            f"{row['flops']:.3g}",
+            "-" if not dense else f"{row['flops'] / dense:.3g}",
         )
     return table
 
@@ -144,11 +172,31 @@ def result(document: Json) -> RenderableType:
         Text(f"Failed: {f['arm']} level {f['level']} seed {f['seed']}: {f['reason']}", style="red")
         for f in document["failures"]
     ]
-    return Group(*answer, Text(), arms(document), verdicts(document), *notes, *failures)
+    if "cases" in document:
+        each = [
+            Group(Text(f"\n{case}", style="bold"), arms(found), budgets(found))
+            for case, found in document["cases"].items()
+        ]
+        return Group(*answer, *each, Text(), verdicts(document), *notes, *failures)
+    tables = arms(document), budgets(document), verdicts(document)
+    return Group(*answer, Text(), *tables, *notes, *failures)
 
 
 def plan(document: Json) -> RenderableType:
-    """What a study needs, what is stored, and what the rest costs."""
+    """What a study, or suite, needs, what is stored, and what the rest costs."""
+    runs = document["runs"]
+    told = (
+        f"{runs['missing']} runs to train, {document['flops']:.2e} FLOPs on surviving weights,"
+        f" about {duration(document['seconds_estimate'])}"
+        f" (an estimate from {document['estimate_from']})."
+    )
+    reason = document["engine_reason"]
+    why = [] if reason is None else [Text(f"Note: {reason}", style="dim")]
+    cases = document.get("cases", {"": document})
+    return Group(*(_planned(each) for each in cases.values()), Text(told), *why)
+
+
+def _planned(document: Json) -> Table:
     runs = document["runs"]
     table = Table(
         title=f"{document['study']['name']}: {runs['total']} runs, {runs['stored']} stored"
@@ -179,14 +227,7 @@ def plan(document: Json) -> RenderableType:
             f"{row['flops']:.2e}",
             f"{row['seconds_estimate']:,.{1 if row['seconds_estimate'] < 10 else 0}f}",
         )
-    told = (
-        f"{runs['missing']} runs to train, {document['flops']:.2e} FLOPs on surviving weights,"
-        f" about {duration(document['seconds_estimate'])}"
-        f" (an estimate from {document['estimate_from']})."
-    )
-    reason = document["engine_reason"]
-    why = [] if reason is None else [Text(f"Note: {reason}", style="dim")]
-    return Group(table, Text(told), *why)
+    return table
 
 
 def show(renderable: Any) -> None:

@@ -4,12 +4,12 @@ findings = Findings(plan, lab)
 findings.verdicts().to_pandas()
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from windfall import flops, seeds, stats
 from windfall import masks as masking
-from windfall import seeds, stats
 from windfall.arms import EFFECTS, Effect
 from windfall.masks import Masks
 from windfall.spec import Json
@@ -18,6 +18,7 @@ from windfall.study import Node
 from windfall.train import early_stop
 
 TRAINING = ("test_accuracy", "test_accuracy_at_early_stop", "early_stop_step")
+DESCRIBED = ("distance",)  # told of every arm, compared in no table
 FEWER_IS_BETTER = "early_stop_step"
 
 
@@ -42,15 +43,47 @@ class Findings:
     """
 
     def __init__(self, plan: Json, lab: Lab) -> None:
-        self.plan, self.lab = plan, lab
+        self.lab = lab
         self.nodes = [Node(*node) for node in plan["nodes"]]
         self.records = lab.records(dict.fromkeys(node.address for node in self.nodes))
         self.failures = lab.failures(node.address for node in self.nodes)
         self.is_overlap = plan["metric"] == "mask_overlap"
         self.is_structured = "structure" in plan["study"]["prune"]
+        self.plan = {**plan, "densities": plan["densities"] | self._measured_densities(plan)}
         self._places = {(node.arm, node.level, node.seed): node for node in self.nodes}
         self._masks: dict[str, Masks] = {}
         self.rows = self._rows()
+
+    # ---- budgets ----
+
+    def _measured_densities(self, plan: Json) -> dict[str, float]:
+        """Of levels whose networks lost channels, how many only training tells: means over runs."""
+        found: dict[str, list[int]] = {}
+        for node in self.nodes if self.is_structured else ():
+            record = self.records.get(node.address)
+            if record is not None and record.kept >= 0:
+                found.setdefault(str(node.level), []).append(record.kept)
+        whole = sum(plan["sizes"].values())
+        return {level: fmean(kept) / whole for level, kept in found.items()}
+
+    def budget(self, node: Node) -> dict[str, float]:
+        """The `steps`, `multiply_adds` of an example, and training `flops` that a run was granted.
+
+        Until it is trained, or if an older version trained it, as they were planned.
+        """
+        record, batch_size = self.records.get(node.address), self._batch_size
+        if record is not None and record.budget:
+            steps, macs = record.budget["steps"], record.budget["multiply_adds"]
+            cost = flops.training_flops(macs, batch_size, steps)
+            return {"steps": steps, "multiply_adds": macs, "flops": cost}
+        first, last = self.plan["clocks"][node.address]
+        cost = self.plan["flops"][node.address]
+        each = flops.training_flops(1, batch_size, last - first)
+        return {"steps": last - first, "multiply_adds": cost / each, "flops": cost}
+
+    @property
+    def _batch_size(self) -> int:
+        return self.plan["study"]["recipe"]["batch_size"]
 
     # ---- values ----
 
@@ -69,11 +102,13 @@ class Findings:
         if record is None:
             return None
         first, last = self.plan["clocks"][node.address]
-        if record.status == "diverged":
+        if record.status == "diverged" and metric not in DESCRIBED:
             never = metric == FEWER_IS_BETTER
             return float(last - first) if never else 1 / self.plan["num_classes"]
         stop = early_stop(record.evaluations)
         match metric:
+            case "distance":
+                return record.distance
             case "test_accuracy":
                 return record.evaluations[-1].test_accuracy
             case "test_accuracy_at_early_stop":
@@ -107,6 +142,9 @@ class Findings:
         layers = [f"mask_overlap/{name}" for name in self.plan["sizes"]]
         return ["mask_overlap", *layers] if self.is_overlap else list(TRAINING)
 
+    def _told(self) -> list[str]:
+        return self._metrics() + ([] if self.is_overlap else list(DESCRIBED))
+
     def _columns(self) -> dict[tuple[str, int], list[Node]]:
         columns: dict[tuple[str, int], list[Node]] = {}
         for node in self.nodes:
@@ -125,7 +163,7 @@ class Findings:
         value = self._overlap_value if self.is_overlap else self._training_value
         return Table(
             self._row(nodes, metric, value)
-            for metric in self._metrics()
+            for metric in self._told()
             for _, nodes in sorted(self._columns().items(), key=lambda item: item[0][1])
         )
 
@@ -152,8 +190,13 @@ class Findings:
             "num_seeds": len(whole),
             "num_diverged": self._num_diverged(nodes),
             "num_censored": int(censored),
+            **self._mean_budget(nodes),
             "runs": runs,
         }
+
+    def _mean_budget(self, nodes: Sequence[Node]) -> dict[str, float]:
+        known = [self.budget(node) for node in nodes if node.address in self.plan["flops"]]
+        return {name: fmean(budget[name] for budget in known) for name in known[0]}
 
     def _num_diverged(self, nodes: Iterable[Node]) -> int:
         found = (self.records.get(node.address) for node in nodes)
@@ -191,16 +234,27 @@ class Findings:
             "metric": metric,
             "num_diverged": sum(side["num_diverged"] for side in sides if side),
             "num_censored": sum(side["num_censored"] for side in sides if side),
+            "budget_ratio": _quotient(*(side and side["flops"] for side in sides)),
         }
 
-    def _effects(self) -> list[Effect]:
+    def _effects(self, level: int) -> list[Effect]:
+        """What is compared at a level; of two that compare the same runs, the first."""
         kind = "overlap" if self.is_overlap else "training"
-        return [effect for effect in EFFECTS if effect.measures == kind]
+        found: dict[Any, Effect] = {}
+        for effect in EFFECTS:
+            if effect.measures == kind:
+                pair = self._addresses(effect.arm, level), self._addresses(effect.against, level)
+                found.setdefault((pair, effect.claim) if all(pair) else effect, effect)
+        return list(found.values())
+
+    def _addresses(self, arm: str, level: int) -> tuple[str, ...]:
+        at = 0 if arm == "dense" else level
+        return tuple(n.address for n in self.nodes if (n.arm, n.level) == (arm, at))
 
     def verdicts(self) -> Table:
         """One decided row per effect: the study's level and metric, Holm-adjusted."""
         level, metric = self.plan["verdict_level"], self.plan["metric"]
-        found = [(e, self._differences(e, level, metric)) for e in self._effects()]
+        found = [(e, self._differences(e, level, metric)) for e in self._effects(level)]
         family = [(effect, d) for effect, d in found if d != []]
         sign = -1.0 if metric == FEWER_IS_BETTER else 1.0
         claims = [
@@ -226,10 +280,14 @@ class Findings:
             {**self._common(effect, level, metric), **_plain(differences)}
             for metric in self._metrics()
             for level in levels
-            for effect in self._effects()
+            for effect in self._effects(level)
             if (level, metric) != primary
             and (differences := self._differences(effect, level, metric)) != []
         )
+
+
+def _quotient(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
 
 
 def _verdict(verdict: stats.Verdict, sign: float) -> Json:

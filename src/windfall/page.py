@@ -41,6 +41,7 @@ METRICS = {
     "test_accuracy": Metric("Test accuracy at the last step", 100, 2, "%", " pp"),
     "test_accuracy_at_early_stop": Metric("Test accuracy at the early stop", 100, 2, "%", " pp"),
     "early_stop_step": Metric("Step of the early stop", 1, 0, "", " steps"),
+    "distance": Metric("Distance of the weights from where they began (L2)"),
     "mask_overlap": Metric("Mask overlap, whole network"),
 }
 
@@ -56,6 +57,8 @@ ARMS = {
     "random": "as many weights anywhere in the network, from the same fresh initialization",
     "scratch-e": "the physically smaller network, fresh, for as many epochs as the dense one",
     "scratch-b": "the physically smaller network, fresh, for as many FLOPs as the dense one",
+    "scratch-b-plus": "as scratch-b, the steps of fine-tuning granted too",
+    "finetune-small": "as finetune, at a small constant rate",
     "other-order": "two masks from one initialization, found with batches in different orders",
     "other-init": "two masks from different initializations",
     "chance": "two masks drawn independently at the same densities",
@@ -111,7 +114,7 @@ def render(document: Document) -> str:
     reasons |= {each["address"]: f"failed: {each['reason']}" for each in document["failures"]}
     margin = document["settings"].get("margin")
     landmarks = (0.0, -margin, margin) if margin else (0.0,)
-    return _template().render(
+    return _template("page").render(
         document=document,
         notes=[*document["notes"], *_mixed_versions(records.values())],
         drawings=dict(_drawings(document)),
@@ -128,14 +131,51 @@ def render(document: Document) -> str:
     )
 
 
+def render_suite(document: Document) -> str:
+    """The page of a suite: every effect in every case, and what every arm cost.
+
+    Args:
+        document: as `overview.combined` makes it; `pages`, the files of the cases' own pages by
+            case, is optional.
+    """
+    verdicts = document["verdicts"]
+    effects = dict.fromkeys(row["effect"] for row in verdicts)
+    drawing = _drawing(plots.forest, verdicts, _basis(verdicts), ()) if verdicts else None
+    return _template("suite").render(
+        document=document,
+        pages=document.get("pages", {}),
+        drawing=drawing,
+        effects=[(name, [row for row in verdicts if row["effect"] == name]) for name in effects],
+        arms=[(case, _decided_arms(each)) for case, each in document["cases"].items()],
+    )
+
+
+def _decided_arms(document: Document) -> list[Row]:
+    """The rows of a study's metric at the level of its verdicts, the dense network first."""
+    settings = document["settings"]
+    levels = (0, settings["verdict_level"] or settings["levels"])
+    return [
+        row
+        for row in document["arms"]
+        if row["metric"] == settings["metric"] and row["level"] in levels
+    ]
+
+
 @functools.cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(_FILTERS)
-    source = resources.files("windfall").joinpath("page.html.j2")
-    return environment.from_string(source.read_text(encoding="utf-8"), globals=_GLOBALS)
+    return environment.get_template(f"{name}.html.j2", globals=_GLOBALS)
+
+
+def _source(name: str) -> str:
+    return resources.files("windfall").joinpath(name).read_text(encoding="utf-8")
 
 
 def _drawings(document: Document) -> Iterator[tuple[str, Drawing]]:
@@ -303,7 +343,12 @@ def _flops(flops: Number) -> str:
     return f"{float(f'{flops / 1000**power:.3g}'):g} {prefixes[power]}FLOPs"
 
 
+def _ratio(ratio: Number | None) -> str:
+    return "–" if ratio is None else f"{ratio:.3g} to 1"  # noqa: RUF001  a missing number's dash
+
+
 _FILTERS: dict[str, Any] = {
+    "ratio": _ratio,
     "value": _value,
     "gap": _gap,
     "interval": _interval,

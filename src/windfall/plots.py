@@ -66,10 +66,14 @@ LOOKS = {
     "random": Look("pink", "X", "random"),
     "scratch-e": Look("brown", "P", "scratch-e"),
     "scratch-b": Look("violet", "p", "scratch-b"),
+    "scratch-b-plus": Look("pink", "h", "scratch-b-plus"),
+    "finetune-small": Look("leaf", "v", "finetune-small"),
     "other-order": Look("blue", "o", "same start, other order"),
     "other-init": Look("vermilion", "D", "other start"),
     "chance": Look("muted", "s", "chance"),
 }
+
+_DECIDED = {"supported": "green", "refuted": "vermilion", "undecided": "orange"}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so text is measured alike everywhere
@@ -272,6 +276,30 @@ def overlap(rows: Table, *, width_inches: float = WIDE) -> Figure:
     return figure
 
 
+@_styled
+def forest(rows: Table, *, width_inches: float = WIDE) -> Figure:
+    """Every effect's difference in every case with the interval that decides it, a panel an effect.
+
+    Args:
+        rows: The verdicts of a suite: `case`, `effect`, `arm`, `against`, `metric`, `difference`
+            and `interval` in the metric's unit, `verdict`; the margin is `margin`.
+        width_inches: Width of the figure.
+    """
+    effects = list(dict.fromkeys(row["effect"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    columns = min(len(effects), 3 if width_inches > NARROW else 1)
+    lines = math.ceil(len(effects) / columns)
+    figure = Figure(
+        figsize=(width_inches, 0.3 + lines * (0.62 + 0.19 * len(cases))), layout="constrained"
+    )
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for effect, axes in zip(effects, panels, strict=False):
+        _draw_differences(axes, [row for row in rows if row["effect"] == effect], cases)
+    for axes in panels[len(effects) :]:
+        axes.set_axis_off()
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element, the same text for the same figure.
 
@@ -400,6 +428,31 @@ def _apart(places: list[float], gap: float) -> list[float]:
         blocks.append((total, count))
     shifted = [total / count for total, count in blocks for _ in range(count)]
     return [place + index * gap for index, place in enumerate(shifted)]
+
+
+def _draw_differences(axes: Axes, rows: list[Row], cases: list[str]) -> None:
+    scale = 100.0 if rows[0]["metric"].startswith("test_accuracy") else 1.0
+    margin = scale * rows[0]["margin"]
+    axes.axvspan(-margin, margin, color=COLORS["grid"], linewidth=0)
+    axes.axvline(0, color=COLORS["muted"], linewidth=0.8)
+    for row in rows:
+        if row["difference"] is None:
+            continue
+        place, color = cases.index(row["case"]), COLORS[_DECIDED[row["verdict"]]]
+        if row["interval"] is not None:
+            ends = _scaled(row["interval"], scale)
+            axes.plot(ends, [place, place], color=color, label="_interval")
+        face = COLORS["paper"] if row["verdict"] == "undecided" else color
+        value = scale * row["difference"]
+        axes.plot(value, place, "o", color=color, markerfacecolor=face, label="_difference")
+    unit = "pp" if scale > 1 else "steps"
+    axes.set_title(_literal(f"{rows[0]['arm']} - {rows[0]['against']} ({unit})", 40))
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_yticks(range(len(cases)), [_literal(case) for case in cases])
+    axes.grid(axis="x", color=COLORS["grid"], linewidth=0.7)
+    axes.tick_params(which="both", color=COLORS["grid"], labelcolor=COLORS["muted"], labelsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _over_steps(axes: Axes, curves: list[Row], name: str, scale: float) -> None:

@@ -63,6 +63,10 @@ class Record:
         engine: that trained it, and the device.
         versions: of windfall, torch and numpy.
         created: time of its end, ISO 8601, UTC.
+        budget: the `steps` that were granted it, and the `multiply_adds` of one example's forward
+            pass through what it kept; empty when an older version trained it.
+        distance: L2, of the weights of its layers from those that it began with; None likewise, or
+            when it is not finite.
         stack: addresses of the runs trained as one program, itself included, in their order in it;
             empty when it was trained alone.
     """
@@ -78,6 +82,8 @@ class Record:
     versions: dict[str, str]
     created: str
     stack: list[str] = field(default_factory=list[str])
+    budget: dict[str, int] = field(default_factory=dict[str, int])
+    distance: float | None = None
 
     @property
     def unit(self) -> tuple[str, ...]:
@@ -396,6 +402,8 @@ def _row(record: Record, state: State) -> tuple[Any, ...]:
     facts = {**states.finite(state.facts()), "snapshots": record.snapshots}
     if record.stack:
         facts["stack"] = record.stack
+    if record.budget:
+        facts |= {"budget": record.budget, "distance": record.distance}
     return (
         record.address,
         canonical(record.spec),
@@ -424,4 +432,6 @@ def _record(row: tuple[Any, ...]) -> Record:
         json.loads(versions),
         created,
         known.get("stack", []),
+        known.get("budget", {}),
+        known.get("distance"),
     )

@@ -1,21 +1,16 @@
 """Studies: many networks that differ in exactly one thing, as a value.
 
 A study is expanded into its graph of runs, which can be listed and costed before anything is
-trained. Settings come from Python or from TOML, where `extends` names a study to start from.
+trained.
 
-    study = load("lottery", {"num_seeds": 5, "model.hidden": [100, 50]})
-    graph = expand(study)
+    graph = expand(Study(model="lenet-300-100", data="mnist"))
     len(graph.runs)
 """
 
 import math
-import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,7 +31,7 @@ from windfall.prune import LearningRate, Prune, ToStep
 from windfall.runs import Fresh, Pruned, Run
 from windfall.samples import stacked
 from windfall.selection import uniform
-from windfall.spec import Json, Spec, SpecError, checked, digest, nearest, tag, unaddressed
+from windfall.spec import Spec, SpecError, tag, unaddressed
 from windfall.structure import Channels, Group
 from windfall.train import Recipe
 
@@ -380,142 +375,3 @@ def root(runs: Mapping[str, Run], address: str) -> str:
     while (parent := runs[address].parent) is not None:
         address = parent
     return address
-
-
-# ---- settings: TOML and --set --------------------------------------------------------------
-
-
-def bundled() -> list[str]:
-    """Names of the studies that come with the package."""
-    folder = resources.files("windfall") / "studies"
-    names = [item.name for item in folder.iterdir()]
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def load(
-    study: str | Path, settings: Mapping[str, Any] | None = None, *, code: bool = True
-) -> Study:
-    """The study of a bundled name or a TOML file, with settings changed by path.
-
-    Args:
-        study: a bundled study's name, or the path of a TOML file.
-        settings: values by path, such as `{"recipe.steps": 500, "model": "conv-4"}`.
-        code: look up a user's own network by importing it; if not, the study can be found in a lab
-            (see `key`) but not run.
-
-    Raises:
-        SpecError: when there is no such study or setting, or a value cannot be.
-    """
-    arms = [arm.to_json() for arm in Study.model_fields["arms"].default]
-    document = {"arms": arms} | read(study)  # a path into the arms needs them there
-    for path, value in (settings or {}).items():
-        _assign(document, path, value)
-    if not code:
-        document["model"] = _unresolved(document.get("model"))
-    return checked(lambda: Study.model_validate(document))
-
-
-def _unresolved(model: Any) -> Any:
-    name = model.get("callable") if isinstance(model, dict) else model
-    if not isinstance(name, str) or ":" not in name:
-        return model
-    return {"kind": tag(UserModel), "callable": name, "source": "", "parameters": {}}
-
-
-def key(study: Study) -> str:
-    """What a lab knows a study by: the digest of its settings, a user's network by its name."""
-    document = study.to_json()
-    for name in ("source", "parameters"):
-        document["model"].pop(name, None)
-    return digest(document)
-
-
-def read(study: str | Path, seen: tuple[str, ...] = ()) -> Json:
-    """The settings in a study's TOML, those it extends included."""
-    name, text = _source(study)
-    here = name if name in bundled() else str(Path(name).resolve())
-    if here in seen:
-        raise SpecError(
-            f"`extends` must not lead back to itself; got {' -> '.join((*seen, here))}."
-        )
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        raise SpecError(f"{name} must be TOML; {problem}.") from None
-    if Path(study).suffix == ".toml":
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(study).stem)
-        document.setdefault("name", stem.strip("-_"))
-    base = document.pop("extends", None)
-    if base is None:
-        return document
-    if not isinstance(base, str):
-        raise SpecError(f"`extends` must be the name or path of a study; got {base!r}.")
-    nearby = Path(study).parent / base
-    extended = read(nearby if nearby.suffix == ".toml" and nearby.exists() else base, (*seen, here))
-    for told in ("title", "question"):  # a study's own words do not fit another
-        extended.pop(told, None)
-    return _merged(extended, document)
-
-
-def _source(study: str | Path) -> tuple[str, str]:
-    path = Path(study)
-    if str(study) in bundled():
-        file = resources.files("windfall") / "studies" / f"{study}.toml"
-        return str(study), file.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".toml" or path.exists():
-            return str(path), path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as problem:
-        raise SpecError(f"STUDY must be a readable TOML file; got {path}: {problem}.") from None
-    raise SpecError(
-        f"STUDY must be a bundled study or the path of a .toml file; got {str(study)!r}."
-        f"{nearest(str(study), bundled())}"
-    )
-
-
-def _merged(base: Json, changes: Json) -> Json:
-    merged = dict(base)
-    for name, value in changes.items():
-        old = merged.get(name)
-        old = {"kind": old} if isinstance(old, str) else old
-        if isinstance(old, dict) and isinstance(value, dict) and _is_like(old, value):
-            merged[name] = _merged(old, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _is_like(old: Json, new: Json) -> bool:
-    """Whether a table changes fields of the old one, rather than naming another member."""
-    return new.get("kind", old.get("kind")) == old.get("kind")
-
-
-def _assign(document: Json, path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    place: Any = document
-    for index, part in enumerate(parents):
-        here = ".".join(parents[: index + 1])
-        place = _inside(place, part, here)
-    if isinstance(place, list):
-        raise SpecError(
-            f"`{path}` must name a field of a member of its list; got no field."
-            f" Set the whole list: `{'.'.join(parents)}`."
-        )
-    place[last] = value
-
-
-def _inside(place: Any, part: str, here: str) -> Any:
-    """The settings at one step of a path; a bare name becomes a table that can have fields."""
-    if isinstance(place, list):
-        for index, item in enumerate(place):
-            if item == part or (isinstance(item, dict) and item.get("kind") == part):
-                place[index] = {"kind": part} if isinstance(item, str) else item
-                return place[index]
-        names = [str(item.get("kind") if isinstance(item, dict) else item) for item in place]
-        raise SpecError(f"`{here}` must name one of its list.{nearest(part, names)}")
-    item = place.setdefault(part, {})
-    if isinstance(item, str):
-        item = place[part] = {"kind": item}
-    if not isinstance(item, dict | list):
-        raise SpecError(f"`{here}` must have fields to be set by path; got {item!r}.")
-    return item

@@ -146,8 +146,8 @@ def summary(plan: Json, lab: Lab) -> Json:
         "estimate": plan.get("estimate"),
         **_winner(findings),
     }
-    document["notes"] = words.notes(plan, document, versions)
-    document["answer"] = words.answer(plan, document)
+    document["notes"] = words.notes(findings.plan, document, versions)
+    document["answer"] = words.answer(findings.plan, document)
     return document
 
 
@@ -172,7 +172,6 @@ def _records(findings: Findings) -> list[Json]:
         record = findings.records.get(node.address)
         if record is None or once.get(node.address) is not node:
             continue
-        first, last = findings.plan["clocks"][node.address]
         rows.append(
             {
                 "address": node.address,
@@ -180,9 +179,8 @@ def _records(findings: Findings) -> list[Json]:
                 "level": node.level,
                 "seed": node.seed,
                 "status": record.status,
-                "steps": last - first,
+                **findings.budget(node),
                 "seconds": record.seconds,
-                "flops": findings.plan["flops"][node.address],
                 "engine": record.engine,
                 "versions": record.versions,
             }

@@ -7,22 +7,23 @@ result.verdicts.to_pandas()
 import contextlib
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from windfall import costs, tables
-from windfall import study as studies
+from windfall import costs, overview, tables
 from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.findings import Table
+from windfall.settings import key, load
 from windfall.spec import Json, SpecError
 from windfall.store import Lab, write_whole
-from windfall.study import Study
+from windfall.study import Graph, Study, expand
+from windfall.suite import Suite
 
 Settings = Mapping[str, Any]
-Which = Study | str | Path
+Which = Study | Suite | str | Path
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,17 @@ def lab_folder(lab: str | Path | None) -> Path:
     return Path(lab or os.environ.get("WINDFALL_LAB") or "lab")
 
 
-def _study(which: Which, settings: Settings | None) -> Study:
-    if isinstance(which, Study):
+def _chosen(which: Which, settings: Settings | None, *, code: bool = True) -> Study | Suite:
+    if isinstance(which, Study | Suite):
         if settings:
             raise SpecError("settings must come with a study's name or file; got a Study.")
         return which
-    return studies.load(which, settings)
+    return load(which, settings, code=code)
+
+
+def _cases(chosen: Study | Suite) -> dict[str, Study]:
+    """The studies by case; a study is the one case of itself, without a name."""
+    return dict(chosen.cases) if isinstance(chosen, Suite) else {"": chosen}
 
 
 def run(
@@ -113,8 +119,8 @@ def run(
     """Train what a study lacks and sum it up.
 
     Args:
-        study: a `Study`, a bundled study's name, or the path of a TOML file.
-        settings: changes by path, such as `{"num_seeds": 5}`; not with a `Study`.
+        study: a `Study` or `Suite`, a bundled one's name, or the path of a TOML file.
+        settings: changes by path, such as `{"num_seeds": 5}`; not with a `Study` or `Suite`.
         lab: the folder of the runs; default `WINDFALL_LAB` or `./lab`.
         workers: number of processes, at least 1; default one a core.
         device: `auto`, `cpu` or `cuda`.
@@ -125,26 +131,46 @@ def run(
         Interrupted: on Ctrl-C; everything finished is kept.
     """
     begun = time.monotonic()
-    chosen = _study(study, settings)
+    chosen = _chosen(study, settings)
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     picked = pick_device(device)
-    graph = studies.expand(chosen)
-    place = Lab(lab_folder(lab))
-    key, plan = studies.key(chosen), tables.outline(graph)
-    told = costs.forecast(graph, place, workers or num_cores(), picked)
-    before = (place.recall(key) or {}).get("estimate")
-    plan["estimate"] = before if told is None else told
-    place.remember(key, chosen.name, plan)
-    missing, started = set(graph.runs) - place.records(graph.runs).keys(), time.monotonic()
-    with _watching(chosen.name, watch) as shown:
-        outcome = execute(graph, place, workers=workers, device=device, watch=shown)
+    graphs = {case: expand(each) for case, each in _cases(chosen).items()}
+    place, plans = Lab(lab_folder(lab)), dict[str, Json]()
+    for case, graph in graphs.items():
+        before = (place.recall(key(graph.study)) or {}).get("estimate")
+        plans[case] = _remembered(graph, place, before)
+    trained = 0
+    for index, (case, graph) in enumerate(graphs.items(), start=1):
+        told = f"{chosen.name}: {case} ({index} of {len(graphs)})" if case else chosen.name
+        with _watching(told, watch) as shown:
+            number, plans[case] = _trained(graph, plans[case], place, workers, picked, shown)
+        trained += number
+    page = place.folder / f"{chosen.name}.html"
+    return _result(chosen, plans, place, begun, trained=trained, page=page)
+
+
+def _remembered(graph: Graph, lab: Lab, estimate: Json | None) -> Json:
+    """What a study consists of and what was estimated of it, kept in the lab."""
+    plan = tables.outline(graph) | {"estimate": estimate}
+    lab.remember(key(graph.study), graph.study.name, plan)
+    return plan
+
+
+def _trained(
+    graph: Graph, plan: Json, lab: Lab, workers: int | None, device: str, watch: Watch
+) -> tuple[int, Json]:
+    """Train what a graph lacks; the number of runs that were, and the plan with its estimate."""
+    told = costs.forecast(graph, lab, workers or num_cores(), device)
     if told is not None:
-        records = list(place.records(missing).values())
-        plan["estimate"] = costs.measured(told, records, time.monotonic() - started)
-        place.remember(key, chosen.name, plan)
-    counts = {"reused": outcome.reused, "trained": outcome.trained}
-    return _result(plan, place, counts, begun, page=place.folder / f"{chosen.name}.html")
+        plan = _remembered(graph, lab, told)
+    missing, started = set(graph.runs) - lab.records(graph.runs).keys(), time.monotonic()
+    outcome = execute(graph, lab, workers=workers, device=device, watch=watch)
+    if told is not None:
+        records = list(lab.records(missing).values())
+        took = costs.measured(told, records, time.monotonic() - started)
+        plan = _remembered(graph, lab, took)
+    return outcome.trained, plan
 
 
 @contextlib.contextmanager
@@ -159,30 +185,55 @@ def _watching(name: str, watch: Watch | None) -> Generator[Watch]:
 
 
 def _result(
-    plan: Json, lab: Lab, counts: dict[str, int], begun: float, page: Path | None = None
+    chosen: Study | Suite,
+    plans: Mapping[str, Json],
+    lab: Lab,
+    begun: float,
+    *,
+    trained: int = 0,
+    page: Path | None = None,
 ) -> Result:
-    document = tables.summary(plan, lab)
-    records = document["records"]
-    runs = {
-        "total": len(plan["flops"]),
-        "reused": counts.get("reused", len(records)),
-        "trained": counts.get("trained", 0),
-        "failed": len({failure["address"] for failure in document["failures"]}),
-        "diverged": sum(record["status"] == "diverged" for record in records),
-    }
-    seconds = time.monotonic() - begun
-    document |= {"runs": runs, "seconds": document["training_seconds"]}
-    document["created"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    """What was found, from the lab; of a suite a page for each case is written beside its own."""
+    documents = {case: tables.summary(plan, lab) for case, plan in plans.items()}
+    runs = _counts(plans, lab, documents.values(), trained)
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    for case, document in documents.items():
+        own = runs if not case else _counts({case: plans[case]}, lab, [document], 0)
+        document |= {"runs": own, "seconds": document["training_seconds"], "created": created}
+    whole = documents.get("")
+    if isinstance(chosen, Suite):
+        whole = overview.combined(chosen, documents) | {"runs": runs, "created": created}
+    assert whole is not None
     if page is not None:
-        _write_page(document, page)
-    return Result(document, runs, seconds, lab.folder, page)
+        pages = {case: page.with_stem(f"{page.stem}-{case}") for case in documents if case}
+        for case, path in pages.items():
+            _write_page(documents[case], path)
+        _write_page(whole | {"pages": {case: path.name for case, path in pages.items()}}, page)
+    return Result(whole, runs, time.monotonic() - begun, lab.folder, page)
+
+
+def _counts(
+    plans: Mapping[str, Json], lab: Lab, documents: Iterable[Json], trained: int
+) -> dict[str, int]:
+    """Of all runs, each counted once however many cases it belongs to."""
+    wanted = {address for plan in plans.values() for address in plan["flops"]}
+    records = lab.records(wanted)
+    failed = {row["address"] for document in documents for row in document["failures"]}
+    return {
+        "total": len(wanted),
+        "reused": len(records) - trained,
+        "trained": trained,
+        "failed": len(failed),
+        "diverged": sum(record.status == "diverged" for record in records.values()),
+    }
 
 
 def _write_page(document: Json, page: Path) -> None:
-    from windfall.page import render
+    from windfall.page import render, render_suite
 
+    html = render_suite(document) if "cases" in document else render(document)
     try:
-        write_whole(page, render(document).encode())
+        write_whole(page, html.encode())
     except OSError as problem:
         raise SpecError(f"`-o` must be a file to write; got {page}: {problem.strerror}.") from None
 
@@ -202,22 +253,33 @@ def plan(
         lab: as in `run`; it need not exist.
         workers: as in `run`; the estimate is for so many.
     """
-    graph = studies.expand(_study(study, settings))
-    folder = lab_folder(lab)
+    chosen, folder = _chosen(study, settings), lab_folder(lab)
     known = Lab(folder, readonly=True) if folder.exists() else None
-    return costs.estimate(graph, known, workers or num_cores(), pick_device("auto"))
+    plans, before = dict[str, Json](), set[str]()
+    for case, each in _cases(chosen).items():
+        graph = expand(each)
+        num, device = workers or num_cores(), pick_device("auto")
+        plans[case] = costs.estimate(graph, known, num, device, beside=before)
+        before |= graph.runs.keys()
+    if not isinstance(chosen, Suite):
+        return plans[""]
+    return overview.planned(chosen, plans, len(before), len(known.records(before)) if known else 0)
 
 
-def _from_lab(study: Which, settings: Settings | None, lab: str | Path | None) -> tuple[Json, Lab]:
-    chosen = study if isinstance(study, Study) else studies.load(study, settings, code=False)
-    place = Lab(lab_folder(lab), readonly=True)
-    found = place.recall(studies.key(chosen))
-    if found is None:
-        raise SpecError(
-            f"STUDY must have been run in the lab {place.folder} with these settings; got"
-            f" {chosen.name}. Run it: windfall run {study}."
-        )
-    return found, place
+def _from_lab(
+    which: Which, settings: Settings | None, lab: str | Path | None
+) -> tuple[Study | Suite, dict[str, Json], Lab]:
+    chosen = _chosen(which, settings, code=False)
+    place, plans = Lab(lab_folder(lab), readonly=True), dict[str, Json]()
+    for case, each in _cases(chosen).items():
+        found = place.recall(key(each))
+        if found is None:
+            raise SpecError(
+                f"STUDY must have been run in the lab {place.folder} with these settings; got"
+                f" {each.name}. Run it: windfall run {which}."
+            )
+        plans[case] = found
+    return chosen, plans, place
 
 
 def show(
@@ -231,8 +293,8 @@ def show(
         lab: as in `run`.
     """
     begun = time.monotonic()
-    found, place = _from_lab(study, settings, lab)
-    return _result(found, place, {}, begun)
+    chosen, plans, place = _from_lab(study, settings, lab)
+    return _result(chosen, plans, place, begun)
 
 
 def report(
@@ -251,5 +313,5 @@ def report(
         lab: as in `run`.
     """
     begun = time.monotonic()
-    found, place = _from_lab(study, settings, lab)
-    return _result(found, place, {}, begun, page=Path(output))
+    chosen, plans, place = _from_lab(study, settings, lab)
+    return _result(chosen, plans, place, begun, page=Path(output))

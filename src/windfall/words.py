@@ -4,7 +4,7 @@ answer(plan, document)[0]
 "At 5.57 % of the weights, the pruned network is good because of its lucky initialization ..."
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from windfall.spec import Json
 
@@ -20,6 +20,7 @@ _METRICS = {
     "test_accuracy": "test accuracy at the last step",
     "test_accuracy_at_early_stop": "test accuracy at the early stop",
     "early_stop_step": "steps to the early stop",
+    "distance": "distance of the weights from where they began (L2)",
     "mask_overlap": "overlap of the masks (Jaccard)",
 }
 
@@ -101,6 +102,33 @@ def answer(plan: Json, document: Json) -> list[str]:
     sentences = _overlap(rows) if overlap else _causes(plan, rows)
     sentences += [] if overlap else _matching(plan, document, rows)
     return sentences if overlap else sentences + _winner(document)
+
+
+def across(verdicts: Sequence[Json], num_cases: int) -> list[str]:
+    """The answer of a suite: for each effect, in which cases it was found and in which not.
+
+    Args:
+        verdicts: rows of all cases, each with its `case`.
+        num_cases: of the suite.
+    """
+    effects = dict.fromkeys((row["effect"], row["arm"], row["against"]) for row in verdicts)
+    if not effects:
+        return ["No case has both arms of a comparison: there is nothing to decide."]
+    sentences: list[str] = []
+    for effect, arm, against in effects:
+        rows = [row for row in verdicts if row["effect"] == effect]
+        told = [_in_cases(word, rows) for word in ("supported", "refuted", "undecided")]
+        more = f", of {len(rows)} that have both" if len(rows) < num_cases else ""
+        found = "; ".join(part for part in told if part)
+        sentences.append(f"{effect} ({arm} - {against}{more}): {found}.")
+    return sentences
+
+
+def _in_cases(word: str, rows: Sequence[Json]) -> str:
+    found = [row["case"] for row in rows if row["verdict"] == word]
+    if not found:
+        return ""
+    return f"{word} in {'all cases' if len(found) == len(rows) > 1 else listed(found)}"
 
 
 def _causes(plan: Json, rows: dict[str, Json]) -> list[str]:

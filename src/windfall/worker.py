@@ -6,6 +6,7 @@ so is replayed with all of its stack: bits may depend on who is in it.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -105,11 +106,15 @@ class _Program:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What came of a program: final states by address, seconds of them all, engine and device."""
+    """What came of a program: final states by address, seconds of them all, engine and device.
+
+    `measures` are what a record holds of each beside: its budget, and its distance.
+    """
 
     finals: dict[str, State]
     seconds: float
     engine: str
+    measures: dict[str, Json]
 
 
 def versions() -> dict[str, str]:
@@ -341,7 +346,7 @@ class Workshop:
     def _train(
         self, job: Job, program: _Program, pulse: Callable[[int], bool], tell: Tell, lose: Lose
     ) -> _Trained:
-        states, facts = self._resumed(program, lose)
+        states, facts, begun_with = self._resumed(program, lose)
         runs = [program.runs[address] for address in facts["stack"]]
         keep = frozenset(facts["keep"])  # a checkpoint's too: its next one will claim them
         begun = saved = time.monotonic()
@@ -364,7 +369,15 @@ class Workshop:
         finals = dispatch.train(engine.partition("/")[0], tasks, states, tick, tell)
         _give_channels(finals, channels)
         named = dict(zip(facts["stack"], finals, strict=True))
-        return _Trained(named, spent + time.monotonic() - begun, engine)
+        seconds = spent + time.monotonic() - begun
+        measures = {
+            address: {
+                "budget": _budget(task, run, final),
+                "distance": _distance(begun_with[address], final),
+            }
+            for (address, final), run, task in zip(named.items(), runs, tasks, strict=True)
+        }
+        return _Trained(named, seconds, engine, measures)
 
     def _task(self, run: Run, state: State, keep: frozenset[int]) -> Task:
         data, network = self.data(run), self.network(run, state)
@@ -379,8 +392,11 @@ class Workshop:
             recipe = run.trained_by(1, 1)
         return Task(network, data, recipe, run.seed, last, keep)
 
-    def _resumed(self, program: _Program, lose: Lose) -> tuple[list[State], Json]:
-        """The states to train on from: of the checkpoint, if this worker would have written it."""
+    def _resumed(self, program: _Program, lose: Lose) -> tuple[list[State], Json, dict[str, State]]:
+        """The states to train on from, and those at the first step.
+
+        The former are the checkpoint's, if this worker would have written it.
+        """
         begun = self._begun(program, lose)
         first, state = next(iter(begun.items()))
         made_by = self._made_by(program, first, state)
@@ -391,8 +407,8 @@ class Workshop:
             states, facts = found[0], {**new, "stack": [first], **found[1]}
             is_ours = all(facts[name] == new[name] for name in ("made_by", "stack"))
             if is_ours and program.keep <= set(facts["keep"]):
-                return states, facts
-        return list(begun.values()), new
+                return states, facts, begun
+        return list(begun.values()), new, begun
 
     def _begun(self, program: _Program, lose: Lose) -> dict[str, State]:
         """The first states of the runs that can begin, by address."""
@@ -439,6 +455,7 @@ def _recorded(job: Job, trained: _Trained) -> list[tuple[Record, State]]:
                 versions(),
                 now(),
                 stack,
+                **trained.measures[address],
             ),
             final,
         )
@@ -459,6 +476,23 @@ def _kept(state: State) -> int:
     if state.channels:
         return sum(p.numel() for p in state.params.values() if p.dim() > 1)
     return sum(int(mask.sum()) for mask in state.masks.values()) if state.masks else -1
+
+
+def _budget(task: Task, run: Run, final: State) -> dict[str, int]:
+    """The steps that a run was granted, and the multiply-adds of an example in what it kept."""
+    whole = flops.multiply_adds(task.network, task.data.input_shape)
+    kept = flops.masked_multiply_adds(whole, final.masks)
+    return {"steps": task.last_step - run.clock[0], "multiply_adds": sum(kept.values())}
+
+
+def _distance(begun: State, final: State) -> float | None:
+    """L2, between the weights of layers at a run's first step and at its last; None if infinite."""
+    squares = sum(
+        float((final.params[name].detach().cpu().double() - value.cpu().double()).square().sum())
+        for name, value in begun.params.items()
+        if value.dim() > 1
+    )
+    return math.sqrt(squares) if math.isfinite(squares) else None
 
 
 def _bits(tensor: Tensor) -> bytes:

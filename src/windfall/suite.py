@@ -1,0 +1,83 @@
+"""Suites: one question asked of several cases, each a study of its own.
+
+A suite is the product of its axes: for each, what a case of that name changes of the rest. Cases
+share every run that they have in common, and each has its own family of verdicts.
+
+    suite = load("rethinking")
+    suite.cases["slimming"].recipe.penalty
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from windfall.spec import Json, SpecError, digest, nearest
+from windfall.study import Study
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Studies that ask one question.
+
+    Args:
+        name: names the page and the record.
+        title: one line.
+        question: what is asked, a sentence.
+        cases: the studies, by what tells them apart.
+    """
+
+    name: str
+    title: str
+    question: str
+    cases: Mapping[str, Study]
+
+    @property
+    def address(self) -> str:
+        """SHA-256, 64 hexadecimal digits, of its cases' addresses by name."""
+        return digest({"suite": {case: study.address for case, study in self.cases.items()}})
+
+
+def narrowed(axes: Json, wanted: Mapping[str, Any]) -> Json:
+    """The axes, those that `wanted` speaks of with the cases it names alone.
+
+    Raises:
+        SpecError: when there is no such axis, or no such case on it.
+    """
+    for axis, names in wanted.items():
+        if axis not in axes:
+            raise SpecError(f"`axes` must have an axis `{axis}`.{nearest(axis, list(axes))}")
+        for name in names:
+            if name not in axes[axis]:
+                raise SpecError(
+                    f"`axes.{axis}` must name its cases; got {name!r}."
+                    f"{nearest(str(name), list(axes[axis]))}"
+                )
+    return {
+        axis: {name: cases[name] for name in wanted.get(axis, cases)}
+        for axis, cases in axes.items()
+    }
+
+
+def product(axes: Json) -> Iterator[tuple[str, list[Json]]]:
+    """Every case's name and what it changes, an entry per axis, in the order of the axes.
+
+    Raises:
+        SpecError: when an axis is no table of tables, or two cases have one name.
+    """
+    for axis, cases in axes.items():
+        if not isinstance(cases, dict) or not cases or not all(map(_is_table, cases.values())):
+            raise SpecError(
+                f"`axes.{axis}` must be a table of what each of its cases changes; got {cases!r}."
+            )
+    found: set[str] = set()
+    for names in itertools.product(*axes.values()):
+        case = "-".join(names)
+        if case in found:
+            raise SpecError(f"`axes` must give every case its own name; got {case} twice.")
+        found.add(case)
+        yield case, [axes[axis][name] for axis, name in zip(axes, names, strict=True)]
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
