@@ -234,7 +234,7 @@ class Findings:
             "metric": metric,
             "num_diverged": sum(side["num_diverged"] for side in sides if side),
             "num_censored": sum(side["num_censored"] for side in sides if side),
-            "budget_ratio": _quotient(*(side and side["flops"] for side in sides)),
+            "budget_ratio": _quotient(*(side["flops"] if side else None for side in sides)),
         }
 
     def _effects(self, level: int) -> list[Effect]:

@@ -57,7 +57,8 @@ def load(
         own = {"name": f"{told['name']}-{case}", "title": title}
         merged = functools.reduce(_merged, changes, document) | own
         cases[case] = _settled(merged, given, code=code)
-    return Suite(*(str(text) for text in told.values()), cases)
+    name, title, question = (str(told[each]) for each in _TOLD)
+    return Suite(name, title, question, cases)
 
 
 def _axes(axes: Any, given: dict[str, Any]) -> Json | None:
