@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from windfall import adjust, models, reconstruction, seeds, spec, structure
+from windfall import adjust, models, reconstruction, seeds, spec, structure, tracing
 from windfall.criteria import Criterion, Evidence
 from windfall.filters import FeatureReconstruction, FilterNorm, NormalizationScale, Thinet
 from windfall.spec import SpecError
@@ -53,7 +53,7 @@ def inputs(num):
 def evidence(seed=0, level=1):
     made = network()
     params = {name: param.detach() for name, param in made.named_parameters()}
-    groups = {group.name: group for group in structure.trace(made, SHAPE)}
+    groups = {group.name: group for group in tracing.trace(made, SHAPE)}
     return Evidence(params, params, seed, level, groups, network, inputs)
 
 
@@ -123,7 +123,7 @@ def test_a_scale_is_the_mean_of_those_of_all_normalizations():
 
 def test_a_network_without_normalization_has_no_scales():
     bare = models.Conv_2(width=0.1).build((3, 8, 8), 4)
-    groups = structure.trace(bare, (3, 8, 8))
+    groups = tracing.trace(bare, (3, 8, 8))
     with pytest.raises(SpecError, match=r"normalization-scale must .* those of `conv1\.weight`"):
         NormalizationScale().refuse(bare, groups)
     NormalizationScale().refuse(network(), evidence().groups.values())
@@ -179,7 +179,7 @@ def test_a_reader_with_groups_is_refused_by_name():
     parts = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1))
     model = nn.Sequential(parts, nn.Flatten(), nn.LazyLinear(3))
     model(torch.zeros(1, *SHAPE))
-    group = next(g for g in structure.trace(model, SHAPE) if g.name == "0.0.weight")
+    group = next(g for g in tracing.trace(model, SHAPE) if g.name == "0.0.weight")
     for member in (Thinet(), FeatureReconstruction()):
         with pytest.raises(SpecError, match=r"`0\.1\.weight` is of a Conv2d\. Use filter-norm"):
             member.refuse(model, [group])
@@ -281,7 +281,7 @@ def test_feature_reconstruction_scores_by_the_path():
 
 def removal(kept):
     made = network()
-    groups = structure.trace(made, SHAPE)
+    groups = tracing.trace(made, SHAPE)
     channels = {g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}
     for name, stay in kept.items():
         channels[name] = torch.tensor(stay, dtype=torch.bool)

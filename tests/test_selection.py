@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from windfall import masks, models, seeds, spec, structure
+from windfall import masks, models, seeds, spec, tracing
 from windfall.selection import (
     Global,
     Layerwise,
@@ -400,7 +400,7 @@ def test_a_ratio_that_empties_a_layer_is_refused_by_its_name():
 
 
 def groups_of(model):
-    return {g.name: g.size for g in structure.trace(model.build((3, 32, 32), 10), (3, 32, 32))}
+    return {g.name: g.size for g in tracing.trace(model.build((3, 32, 32), 10), (3, 32, 32))}
 
 
 def test_vgg_16_a_is_the_papers():

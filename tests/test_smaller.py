@@ -5,7 +5,7 @@ import small
 import torch
 from torch.func import functional_call
 
-from windfall import flops, models, structure, tickets
+from windfall import flops, models, structure, tickets, tracing
 from windfall.initialize import GlorotNormal, initial_parameters
 from windfall.spec import SpecError
 from windfall.store import Lab
@@ -82,7 +82,7 @@ class TestEveryMethod:
     def test_every_level_keeps_the_counts_that_were_stated(self, labs, method):
         of, lab = labs(method)
         prune = of.study.prune
-        groups = structure.trace(whole(), SHAPE)
+        groups = tracing.trace(whole(), SHAPE)
         sizes = {name: group.size for name, group in prune.structure.of(groups).items()}
         for level in (1, 2):
             counts = prune.selection.counts(sizes, of.network.kinds, level)
@@ -113,7 +113,7 @@ class TestEveryMethod:
 
     def test_a_tickets_weights_are_those_of_the_initialization(self, labs, method):
         of, lab = labs(method)
-        groups, values = structure.trace(whole(), SHAPE), initial()
+        groups, values = tracing.trace(whole(), SHAPE), initial()
         for level in (1, 2):
             state = start(of, lab, "ticket", level)
             masks = structure.masks(groups, state.channels, values)
@@ -126,7 +126,7 @@ class TestEveryMethod:
         of, lab = labs(method)
         parent = lab.weights(at(of, "dense", 0))
         state = start(of, lab, "finetune", 1)
-        groups, values = structure.trace(whole(), SHAPE), parent.params | parent.buffers
+        groups, values = tracing.trace(whole(), SHAPE), parent.params | parent.buffers
         masks = structure.masks(groups, state.channels, values)
         changed = set()
         for name, tensor in (state.params | state.buffers).items():
@@ -163,7 +163,7 @@ class TestEveryMethod:
 def test_a_smaller_network_computes_what_the_masked_one_does(labs):
     of, lab = labs("l1-norm")
     parent, state = lab.weights(at(of, "dense", 0)), start(of, lab, "finetune", 1)
-    groups, values = structure.trace(whole(), SHAPE), parent.params | parent.buffers
+    groups, values = tracing.trace(whole(), SHAPE), parent.params | parent.buffers
     masks = structure.masks(groups, state.channels, values)
     masked = {
         n: t * masks[n] if n in masks and n in parent.params else t for n, t in values.items()

@@ -20,8 +20,8 @@ from windfall import (
     runs,
     selection,
     spec,
-    structure,
     train,
+    units,
 )
 from windfall import data as datasets
 from windfall.spec import FAMILY, Spec, SpecError
@@ -34,7 +34,7 @@ FAMILIES = {
     "Schedule": train.Schedule,
     "Criterion": criteria.Criterion,
     "Selection": selection.Selection,
-    "Structure": structure.Structure,
+    "Structure": units.Structure,
     "Penalty": train.Penalty,
     "Adjust": adjust.Adjust,
     "Rewind": prune.Rewind,

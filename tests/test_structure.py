@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from windfall import limits, models, seeds, structure
+from windfall import limits, models, seeds, structure, tracing
 from windfall.spec import SpecError
 
 CIFAR, SMALL = (3, 32, 32), (3, 6, 6)
@@ -165,7 +165,7 @@ def batch(shape):
 def test_a_network_without_channels_computes_what_it_does_with_them_masked(name):
     build, shape = NETWORKS[name]
     network, inputs = drawn(build), batch(shape)
-    groups = structure.trace(network, shape)
+    groups = tracing.trace(network, shape)
     whole, channels = tensors(network), half(groups)
     kept = structure.shrunk(whole, groups, channels)
     smaller = structure.resized(network, structure.shapes(kept))
@@ -181,7 +181,7 @@ def test_a_network_without_channels_computes_what_it_does_with_them_masked(name)
 def test_what_is_kept_is_what_the_masks_say_and_nothing_shares_its_storage(name):
     build, shape = NETWORKS[name]
     network = drawn(build)
-    groups = structure.trace(network, shape)
+    groups = tracing.trace(network, shape)
     whole, channels = tensors(network), half(groups)
     kept, masks = (
         structure.shrunk(whole, groups, channels),
@@ -197,7 +197,7 @@ def test_what_is_kept_is_what_the_masks_say_and_nothing_shares_its_storage(name)
 def test_channels_that_all_stay_change_nothing(name):
     build, shape = NETWORKS[name]
     network = drawn(build)
-    groups = structure.trace(network, shape)
+    groups = tracing.trace(network, shape)
     everything = {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
     kept = structure.shrunk(tensors(network), groups, everything)
     assert structure.masks(groups, everything, tensors(network)) == {}
@@ -210,7 +210,7 @@ def test_channels_that_all_stay_change_nothing(name):
 def test_channels_go_one_after_the_other_as_at_once(name):
     build, shape = NETWORKS[name]
     whole = tensors(drawn(build))
-    groups = structure.trace(build(), shape)
+    groups = tracing.trace(build(), shape)
     first = half(groups)
     own = structure.restricted(groups, first, whole)
     then = {group.name: torch.arange(group.size) % 3 != 1 for group in own}
@@ -226,7 +226,7 @@ def test_channels_go_one_after_the_other_as_at_once(name):
 def test_a_resized_network_is_a_copy_whose_layers_know_their_sizes():
     network = drawn(Grouped)
     before = {name: tensor.clone() for name, tensor in tensors(network).items()}
-    groups = structure.trace(network, SMALL)
+    groups = tracing.trace(network, SMALL)
     kept = structure.shrunk(tensors(network), groups, half(groups))
     smaller = structure.resized(network, structure.shapes(kept))
     assert (smaller.first.in_channels, smaller.first.out_channels) == (3, 8)
@@ -251,7 +251,7 @@ def test_a_layer_of_another_kind_is_not_resized():
 
 
 def groups_of(build, shape):
-    return {group.name: group for group in structure.trace(build(), shape)}
+    return {group.name: group for group in tracing.trace(build(), shape)}
 
 
 def test_the_blocks_of_a_stage_lose_channels_together():
@@ -276,7 +276,7 @@ def test_the_blocks_of_a_stage_lose_channels_together():
 def test_groups_come_in_the_order_of_their_layers():
     network = models.Resnet_20().build(CIFAR, 10)
     place = {name: index for index, (name, _) in enumerate(network.named_parameters())}
-    names = [group.name for group in structure.trace(network, CIFAR)]
+    names = [group.name for group in tracing.trace(network, CIFAR)]
     assert names == sorted(names, key=place.__getitem__)
 
 
@@ -325,7 +325,7 @@ def test_the_network_is_left_as_it_was():
     network = models.Resnet_20(width=0.25).build(CIFAR, 10).train()
     before = {name: tensor.clone() for name, tensor in tensors(network).items()}
     network.conv1.weight.requires_grad_(False)
-    structure.trace(network, CIFAR)
+    tracing.trace(network, CIFAR)
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(network).items())
     assert network.training
     assert not network.conv1.weight.requires_grad
@@ -344,7 +344,7 @@ def test_the_network_is_left_as_it_was():
 )
 def test_a_network_that_cannot_be_followed_is_refused_by_name(build, why):
     with pytest.raises(SpecError, match=why):
-        structure.trace(build(), (6,))
+        tracing.trace(build(), (6,))
 
 
 def test_following_a_network_is_not_hung_on(monkeypatch):
@@ -352,10 +352,10 @@ def test_following_a_network_is_not_hung_on(monkeypatch):
         while True:
             time.sleep(0.01)
 
-    monkeypatch.setattr(structure, "TRACE_SECONDS", 0.2)
+    monkeypatch.setattr(tracing, "TRACE_SECONDS", 0.2)
     monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", endless)
     with pytest.raises(SpecError, match=r"following it took more than 0\.2 seconds"):
-        structure.trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (6,))
+        tracing.trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (6,))
 
 
 def test_following_a_network_takes_a_bounded_amount_of_memory(monkeypatch):
@@ -364,10 +364,10 @@ def test_following_a_network_takes_a_bounded_amount_of_memory(monkeypatch):
         while True:
             held.append(bytearray(2**20))
 
-    monkeypatch.setattr(structure, "TRACE_BYTES", 2**28)
+    monkeypatch.setattr(tracing, "TRACE_BYTES", 2**28)
     monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", greedy)
     with pytest.raises(SpecError, match=r"following it took more than 0\.25 GiB of memory"):
-        structure.trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (6,))
+        tracing.trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (6,))
 
 
 def test_what_is_within_its_limits_is_left_alone():

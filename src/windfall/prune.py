@@ -16,7 +16,7 @@ from windfall.masks import Masks
 from windfall.models import Kind
 from windfall.selection import Layerwise, Published, Selection
 from windfall.spec import FAMILY, Spec, later, tag
-from windfall.structure import Channels, Structure, Weights
+from windfall.units import Channels, Structure, Weights
 
 
 class Prune(Spec):

@@ -17,7 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import nn
 
-from windfall import flops, seeds, structure
+from windfall import flops, seeds, structure, tracing
 from windfall import models as zoo
 from windfall import prune as pruning
 from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, Rewind, Ticket
@@ -32,8 +32,9 @@ from windfall.runs import Fresh, Pruned, Run
 from windfall.samples import stacked
 from windfall.selection import uniform
 from windfall.spec import Spec, SpecError, tag, unaddressed
-from windfall.structure import Channels, Group
+from windfall.structure import Group
 from windfall.train import Recipe
+from windfall.units import Channels
 
 Metric = Literal["test_accuracy", "test_accuracy_at_early_stop", "early_stop_step", "mask_overlap"]
 
@@ -355,7 +356,7 @@ def _groups(study: Study, module: nn.Module, shape: tuple[int, ...]) -> tuple[Gr
     prune = study.prune
     if not isinstance(prune.structure, Channels):
         return ()
-    groups = structure.trace(module, shape)
+    groups = tracing.trace(module, shape)
     assert isinstance(prune.criterion, ChannelCriterion)
     prune.criterion.refuse(module, prune.structure.of(groups).values())
     return groups

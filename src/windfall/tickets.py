@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from windfall import masks as masking
-from windfall import seeds, structure
+from windfall import seeds, structure, tracing
 from windfall.adjust import Removal
 from windfall.criteria import Evidence
 from windfall.masks import Masks, Params
@@ -20,8 +20,9 @@ from windfall.models import Kind
 from windfall.prune import Continue, LearningRate, ToStep
 from windfall.runs import Pruned
 from windfall.selection import uniform
-from windfall.structure import Channels, Group
+from windfall.structure import Group
 from windfall.train import State
+from windfall.units import Channels
 
 
 class BrokenTicket(AssertionError):
@@ -112,7 +113,7 @@ def begin_smaller(
         BrokenTicket: when the proof fails.
     """
     initial = lineage.initial.params | lineage.initial.buffers
-    groups = structure.trace(around.network, around.input_shape)
+    groups = tracing.trace(around.network, around.input_shape)
     before = lineage.parent.channels or {
         group.name: torch.ones(group.size, dtype=torch.bool) for group in groups
     }
