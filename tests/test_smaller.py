@@ -5,8 +5,8 @@ import small
 import torch
 from torch.func import functional_call
 
-from windfall import flops, models, structure, tickets, tracing
-from windfall.initialize import GlorotNormal, initial_parameters
+from windfall import flops, initialize, models, structure, tickets, tracing
+from windfall.initialize import GlorotNormal, TorchDefault, fans, initial_parameters
 from windfall.spec import SpecError
 from windfall.store import Lab
 from windfall.train import Recipe, StepDrops
@@ -144,8 +144,13 @@ class TestEveryMethod:
         wanted = structure.shapes(state.params | state.buffers)
         smaller = structure.resized(whole(), wanted)
         params, buffers = initial_parameters(lambda: smaller, GlorotNormal(), 0, "reinit")
-        assert all(torch.equal(state.params[name], value) for name, value in params.items())
-        assert all(torch.equal(state.buffers[name], value) for name, value in buffers.items())
+        for name, value in params.items():
+            is_scale = "norm" in name and name.endswith("weight")
+            assert torch.equal(state.params[name], torch.ones_like(value) if is_scale else value)
+        for name, value in buffers.items():
+            is_variance = name.endswith("running_var")
+            expected = torch.ones_like(value) if is_variance else value
+            assert torch.equal(state.buffers[name], expected)
 
     def test_what_is_stored_is_what_was_trained(self, labs, method):
         of, lab = labs(method)
@@ -158,6 +163,23 @@ class TestEveryMethod:
                 assert record.kept == of.counts[2]
             assert record.status == "done"
             assert record.evaluations[-1].step == of.runs[address].clock[1]
+
+
+def test_a_network_begun_by_its_constructor_is_begun_so_at_its_smaller_size(labs):
+    """Fresh weights are of the stream `reinit`, and of the range of a layer of that size."""
+    of, lab = labs("l1-norm")
+    address = at(of, "reinit", 1)
+    run = of.runs[address]
+    fresh = run.start.weights.model_copy(update={"initialization": TorchDefault()})
+    begun = run.start.model_copy(update={"weights": fresh})
+    state = Workshop(lab, "cpu").beginning(run.model_copy(update={"start": begun}))
+    smaller = structure.resized(whole(), structure.shapes(state.params | state.buffers))
+    for name, layer in initialize.layers(smaller):
+        drawn, bound = state.params[name], fans(layer)[0] ** -0.5
+        assert 0.7 * bound < float(drawn.abs().max()) <= bound
+    assert bool((state.params["norm1.weight"] == 1).all())
+    other = initial_parameters(whole, TorchDefault(), 0)[0]["output.bias"]
+    assert not torch.equal(state.params["output.bias"], other)
 
 
 def test_a_smaller_network_computes_what_the_masked_one_does(labs):

@@ -174,6 +174,30 @@ def resized(module: nn.Module, wanted: Shapes) -> nn.Module:
     return made
 
 
+def newly(module: nn.Module, groups: Sequence[Group], channels: Masks) -> nn.Module:
+    """A network as its constructor made it, without the channels that do not stay.
+
+    Layers that lost channels begin as their own constructors make them at the size that is left,
+    from the global generator; all else, such as normalization, keeps its values where it stays.
+
+    Args:
+        module: the whole network, newly constructed; left as it is.
+        groups: of the whole network.
+        channels: by group's name, True for a channel that stays.
+    """
+    whole = dict(module.named_parameters()) | dict(module.named_buffers())
+    kept = shrunk(whole, groups, channels)
+    made = resized(module, shapes(kept))
+    with torch.no_grad():
+        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+            tensor.copy_(kept[name])
+    for path, part in made.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        if isinstance(part, Layer) and name in kept and kept[name].shape != whole[name].shape:
+            part.reset_parameters()
+    return made
+
+
 def _own(part: nn.Module) -> list[tuple[str, Tensor]]:
     tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return list(tensors)

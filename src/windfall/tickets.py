@@ -94,13 +94,14 @@ class Surroundings:
         network: the whole network; its values do not matter.
         input_shape: of one sample.
         inputs: gives so many inputs of the training part, as the network is given them.
-        fresh: gives the state of a network newly initialized; None where survivors keep values.
+        fresh: gives the state of the run's network newly initialized and then made smaller by a
+            function; None where survivors keep values.
     """
 
     network: nn.Module
     input_shape: tuple[int, ...]
     inputs: Callable[[int], Tensor]
-    fresh: Callable[[nn.Module], State] | None = None
+    fresh: Callable[[Callable[[nn.Module], nn.Module]], State] | None = None
 
 
 def begin_smaller(
@@ -124,8 +125,7 @@ def begin_smaller(
             raise BrokenTicket(f"the channels of `{name}` are none, or not among its parent's")
     local = {name: stay[before[name]] for name, stay in channels.items()}
     if around.fresh is not None:
-        wanted = structure.shapes(structure.shrunk(initial, groups, channels))
-        state = around.fresh(structure.resized(around.network, wanted))
+        state = around.fresh(lambda whole: structure.newly(whole, groups, channels))
         return replace(state, channels=channels)
     source = lineage.source
     is_whole = not source.channels

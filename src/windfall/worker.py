@@ -5,7 +5,6 @@ finished. Runs trained together are checkpointed and finished as a unit, and a r
 so is replayed with all of its stack: bits may depend on who is in it.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -191,15 +190,19 @@ class Workshop:
             return whole
         return structure.resized(whole, structure.shapes(state.params | state.buffers))
 
-    def initial(self, run: Run, fresh: Fresh) -> State:
-        """The state of the run's network newly initialized."""
+    def initial(
+        self,
+        run: Run,
+        fresh: Fresh,
+        made_smaller: Callable[[nn.Module], nn.Module] = lambda whole: whole,
+    ) -> State:
+        """The state of the run's network newly initialized, after it was made smaller."""
         data = self.data(run)
-        return self._initialized(
-            lambda: run.model.build(data.input_shape, data.num_classes), run, fresh
-        )
-
-    def _initialized(self, build: Callable[[], nn.Module], run: Run, fresh: Fresh) -> State:
         seed = run.seed if fresh.seed is None else fresh.seed
+
+        def build() -> nn.Module:
+            return made_smaller(run.model.build(data.input_shape, data.num_classes))
+
         params, buffers = initial_parameters(build, fresh.initialization, seed, fresh.stream)
         return State(0, params, buffers)
 
@@ -244,7 +247,7 @@ class Workshop:
         data, dtype, fresh = self.data(run), run.recipe.torch_dtype, start.weights
         make = None
         if isinstance(fresh, Fresh):
-            make = lambda network: self._initialized(lambda: copy.deepcopy(network), run, fresh)  # noqa: E731
+            make = lambda made_smaller: self.initial(run, fresh, made_smaller)  # noqa: E731
         return tickets.Surroundings(
             self.network(run),
             data.input_shape,
