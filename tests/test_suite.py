@@ -93,6 +93,15 @@ def test_a_study_without_axes_has_none_to_narrow():
         settings.load("lottery", {"axes.method": "magnitude"})
 
 
+def test_a_file_that_extends_a_suite_names_the_cases_it_takes(toml):
+    other = toml.with_name("other.toml")
+    other.write_text('extends = "two-rates.toml"\n[axes]\nmethod = ["magnitude"]\n')
+    assert list(load(other).cases) == CASES[2:]
+    other.write_text('extends = "two-rates.toml"\n[axes]\nmethod = ["magnitud"]\n')
+    with pytest.raises(SpecError, match=r"`axes.method` must name its cases"):
+        load(other)
+
+
 def test_two_cases_of_one_name_are_refused(tmp_path):
     path = tmp_path / "twice.toml"
     tables = '[axes.a.x-y]\n[axes.a.x]\n[axes.b."y-z"]\n[axes.b.z]\n'
@@ -224,9 +233,19 @@ def test_the_answer_of_a_suite_names_the_cases_of_each_word():
     ]
 
 
+def test_the_headline_counts_the_cases_of_the_main_effect():
+    rows = [row("x", "supported"), row("x", "refuted", "weights-b")]
+    rows += [row(case, "undecided", "weights-b") for case in "yz"]
+    assert words.across(rows, 3)[0] == (
+        "Fine-tuning what was inherited beats training from scratch at the dense budget in 0 of 3"
+        " cases; in 1 it does not, and 2 are undecided."
+    )
+
+
 def test_a_winner_is_named_where_the_cases_share_their_data(toml):
     def won(address, accuracy):
-        empty = dict.fromkeys(("arms", "verdicts", "comparisons", "failures", "notes"), ())
+        names = ("arms", "verdicts", "comparisons", "failures", "notes")
+        empty = {name: [] for name in names}
         record = {"validation_accuracy": accuracy}
         return {**empty, "records": [], "winner": address, "winner_record": record}
 

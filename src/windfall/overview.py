@@ -71,11 +71,16 @@ def _named(documents: Mapping[str, Json], name: str) -> list[Json]:
 
 
 def _notes(documents: Mapping[str, Json]) -> list[str]:
-    """The notes, each once, with the cases that it is of unless they are all."""
+    """The notes, each once, with the cases that it is of unless they are all.
+
+    Those on early stops are left to the cases' own pages, which have their tables.
+    """
     found: dict[str, list[str]] = {}
     for case, document in documents.items():
+        beside = words.censored(document)
         for note in document["notes"]:
-            found.setdefault(note, []).append(case)
+            if note not in beside:
+                found.setdefault(note, []).append(case)
     everywhere = len(documents)
     return [
         note if len(cases) == everywhere else f"{', '.join(cases)}: {note}"

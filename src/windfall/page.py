@@ -140,7 +140,8 @@ def render_suite(document: Document) -> str:
     """
     verdicts = document["verdicts"]
     effects = dict.fromkeys(row["effect"] for row in verdicts)
-    drawing = _drawing(plots.forest, verdicts, _basis(verdicts), ()) if verdicts else None
+    basis = _basis(verdicts).partition(";")[0]
+    drawing = _drawing(plots.forest, verdicts, basis, ()) if verdicts else None
     return _template("suite").render(
         document=document,
         pages=document.get("pages", {}),

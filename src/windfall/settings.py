@@ -130,6 +130,10 @@ def read(study: str | Path, seen: tuple[str, ...] = ()) -> Json:
     extended = read(nearby if nearby.suffix == ".toml" and nearby.exists() else base, (*seen, here))
     for told in _TOLD[1:]:  # a study's own words do not fit another
         extended.pop(told, None)
+    axes = document.get("axes", {})
+    wanted = {axis: axes.pop(axis) for axis in [a for a in axes if isinstance(axes[a], list)]}
+    if wanted:
+        extended["axes"] = narrowed(extended.get("axes", {}), wanted)
     return _merged(extended, document)
 
 

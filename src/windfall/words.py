@@ -16,6 +16,11 @@ _CAUSES = {
     "connectivity": "which connections were kept",
     "allocation": "how many each layer kept",
 }
+_LEADS = {  # what heads the answer of a suite, the first that it has
+    "weights-b": "Fine-tuning what was inherited beats training from scratch at the dense budget",
+    "weights-e": "Fine-tuning what was inherited beats training from scratch",
+    "initialization": "The original initialization beats a fresh one",
+}
 _METRICS = {
     "test_accuracy": "test accuracy at the last step",
     "test_accuracy_at_early_stop": "test accuracy at the early stop",
@@ -114,7 +119,7 @@ def across(verdicts: Sequence[Json], num_cases: int) -> list[str]:
     effects = dict.fromkeys((row["effect"], row["arm"], row["against"]) for row in verdicts)
     if not effects:
         return ["No case has both arms of a comparison: there is nothing to decide."]
-    sentences: list[str] = []
+    sentences = _lead(verdicts)
     for effect, arm, against in effects:
         rows = [row for row in verdicts if row["effect"] == effect]
         told = [_in_cases(word, rows) for word in ("supported", "refuted", "undecided")]
@@ -122,6 +127,19 @@ def across(verdicts: Sequence[Json], num_cases: int) -> list[str]:
         found = "; ".join(part for part in told if part)
         sentences.append(f"{effect} ({arm} - {against}{more}): {found}.")
     return sentences
+
+
+def _lead(verdicts: Sequence[Json]) -> list[str]:
+    """The headline: in how many cases the question that most would ask is answered, and how."""
+    for effect, claim in _LEADS.items():
+        found = [row["verdict"] for row in verdicts if row["effect"] == effect]
+        if found:
+            num = {word: found.count(word) for word in ("supported", "refuted", "undecided")}
+            return [
+                f"{claim} in {num['supported']} of {len(found)} cases; in {num['refuted']} it does"
+                f" not, and {num['undecided']} are undecided."
+            ]
+    return []
 
 
 def _in_cases(word: str, rows: Sequence[Json]) -> str:
@@ -260,10 +278,11 @@ def notes(plan: Json, document: Json, versions: list[dict[str, str]]) -> list[st
             f"{diverged} runs diverged: they count with accuracy 1/{plan['num_classes']}, early"
             " stop never."
         )
-    return told + _censored(document) + _unfinished(plan, document)
+    return told + censored(document) + _unfinished(plan, document)
 
 
-def _censored(document: Json) -> list[str]:
+def censored(document: Json) -> list[str]:
+    """What a reader must know of early stops that may be later."""
     rows = [row for row in document["arms"] if row["metric"] == "early_stop_step"]
     censored, runs = (sum(row[name] for row in rows) for name in ("num_censored", "num_seeds"))
     if not censored:
