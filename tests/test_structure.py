@@ -1,6 +1,7 @@
 """Channels that live and die together, and networks without them."""
 
 import math
+import sys
 import time
 
 import pytest
@@ -381,3 +382,9 @@ def test_one_long_call_is_told_when_it_returns():
     late = pytest.raises(limits.OverLimit, match=r"took more than 0\.1 seconds")
     with late, limits.within(0.1, 2**30):
         time.sleep(0.3)
+
+
+def test_a_torch_pruning_that_cannot_be_imported_is_told_in_one_message(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(SpecError, match="torch-pruning, which must be importable; it raised"):
+        tracing.trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (4,))

@@ -89,9 +89,7 @@ def _refused(module: nn.Module, why: str) -> SpecError:
 
 
 def _proposed(own: nn.Module, input_shape: tuple[int, ...]) -> Iterator[Group | None]:
-    import torch_pruning  # here: it takes a while, and most studies need none of it
-
-    graph = torch_pruning.DependencyGraph()
+    graph = _dependencies()
     inputs = torch.zeros(2, *input_shape, dtype=torch.float64)
     with seeds.isolated(0, "structure"), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -106,6 +104,17 @@ def _proposed(own: nn.Module, input_shape: tuple[int, ...]) -> Iterator[Group | 
     paths = {id(part): path for path, part in own.named_modules()}
     for one in found:
         yield _group(graph, one, paths)
+
+
+def _dependencies() -> Any:
+    try:
+        import torch_pruning  # here: it takes a while, and most studies need none of it
+    except Exception as problem:  # it imports what else is installed, and whatever that raises
+        raise SpecError(
+            "`prune.structure` needs torch-pruning, which must be importable; it raised"
+            f" {problem!r}. Install it anew, or prune weights."
+        ) from problem
+    return torch_pruning.DependencyGraph()
 
 
 def _check_gradients(own: nn.Module, inputs: Tensor) -> None:
