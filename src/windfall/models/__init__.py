@@ -7,7 +7,7 @@ Each member builds an `nn.Module` that maps inputs [batch, *input_shape] to logi
     decode(ModelField, make_network) == decode(ModelField, "package.module:make_network")
     kinds(module, (3, 32, 32)) == {"conv1.weight": "convolution", ..., "output.weight": "output"}
 
-In the order of reading, each importing only from those before it: `sizes`; `plain`, `vgg`,
+In the order of reading, each importing only from those before it: `sizes`, `gates`; `plain`, `vgg`,
 `residual`, `preactivated`, `dense` (the zoo); `user`; `inspection`.
 """
 
@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from windfall.models.dense import Densenet_40, Densenet_BC_100
+from windfall.models.gates import Gate
 from windfall.models.inspection import Kind, Watch, check_outputs, kinds, observe
 from windfall.models.plain import Conv_2, Conv_4, Conv_6, Lenet_300_100, Mlp
 from windfall.models.preactivated import Preresnet_110, Preresnet_164
@@ -52,6 +53,7 @@ __all__ = [
     "Conv_6",
     "Densenet_40",
     "Densenet_BC_100",
+    "Gate",
     "Kind",
     "Lenet_300_100",
     "Mlp",

@@ -4,8 +4,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from windfall.models.gates import Gate
 from windfall.models.sizes import Width, check_images, scaled
-from windfall.spec import Spec
+from windfall.spec import Spec, later
 
 _CHANNELS = (16, 32, 64)  # of the three stages
 _BLOCKS = 18  # in a stage
@@ -13,15 +14,18 @@ _EXPANSION = 4  # a bottleneck gives so many times the channels of its 3 x 3 con
 
 
 class _Block(nn.Module):
-    """Every convolution on relu(norm(.)) of what comes before it, and the shortcut added.
+    """Every convolution on relu(norm(.)) of what comes before it, gated; and the shortcut added.
 
     Args:
         channels: of the inputs.
         convs: of the residual branch, in order.
         stride: of the whole block.
+        is_gated: the branch is multiplied by a learned number.
     """
 
-    def __init__(self, channels: int, convs: list[nn.Conv2d], stride: int) -> None:
+    def __init__(
+        self, channels: int, convs: list[nn.Conv2d], stride: int, *, is_gated: bool
+    ) -> None:
         super().__init__()
         for index, conv in enumerate(convs, start=1):
             self.add_module(f"norm{index}", nn.BatchNorm2d(conv.in_channels))
@@ -32,30 +36,33 @@ class _Block(nn.Module):
         if stride != 1 or made != channels:
             conv = nn.Conv2d(channels, made, 1, stride, bias=False)
             self.shortcut = nn.Sequential(OrderedDict(conv=conv))
+        self.gate = Gate() if is_gated else None
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.gate is not None and self.gate.is_removed:
+            return self.shortcut(inputs)
         hidden = inputs
         for index in range(1, self.num_convs + 1):
             for part in ("norm", "relu", "conv"):
                 hidden = self.get_submodule(f"{part}{index}")(hidden)
+        if self.gate is not None:
+            hidden = self.gate(hidden)
         return hidden + self.shortcut(inputs)
 
 
-def _basic(channels: int, wide: int, stride: int) -> _Block:
-    convs = [
+def _basic(channels: int, wide: int, stride: int) -> list[nn.Conv2d]:
+    return [
         nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False),
         nn.Conv2d(wide, wide, 3, padding=1, bias=False),
     ]
-    return _Block(channels, convs, stride)
 
 
-def _bottleneck(channels: int, wide: int, stride: int) -> _Block:
-    convs = [
+def _bottleneck(channels: int, wide: int, stride: int) -> list[nn.Conv2d]:
+    return [
         nn.Conv2d(channels, wide, 1, bias=False),
         nn.Conv2d(wide, wide, 3, stride, padding=1, bias=False),
         nn.Conv2d(wide, _EXPANSION * wide, 1, bias=False),
     ]
-    return _Block(channels, convs, stride)
 
 
 def _preresnet(
@@ -74,7 +81,8 @@ def _preresnet(
         blocks: dict[str, nn.Module] = {}
         for index in range(1, _BLOCKS + 1):
             stride = 2 if stage > 1 and index == 1 else 1
-            blocks[f"block{index}"] = (_bottleneck if is_deep else _basic)(channels, wide, stride)
+            convs = (_bottleneck if is_deep else _basic)(channels, wide, stride)
+            blocks[f"block{index}"] = _Block(channels, convs, stride, is_gated=model.gates)
             channels = wide * _EXPANSION if is_deep else wide
         parts[f"stage{stage}"] = nn.Sequential(OrderedDict(blocks))
     parts["norm"], parts["relu"] = nn.BatchNorm2d(channels), nn.ReLU()
@@ -90,9 +98,14 @@ class Preresnet_110(Spec):
     shortcut takes by a 1 x 1 convolution. 1,722,416 weights on CIFAR-10.
 
     Source: He et al. 2016 (1603.05027), section 3 and Fig. 4(e).
+
+    Args:
+        width: multiplies the numbers of channels.
+        gates: multiply each block's residual branch by a learned number (`models.Gate`).
     """
 
     width: Width = 1.0
+    gates: bool = later(False, absent=False)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -106,6 +119,7 @@ class Preresnet_164(Spec):
     """
 
     width: Width = 1.0
+    gates: bool = later(False, absent=False)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""

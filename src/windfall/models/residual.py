@@ -4,8 +4,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from windfall.models.gates import Gate
 from windfall.models.sizes import Width, check_images, scaled
-from windfall.spec import Spec
+from windfall.spec import Spec, later
 
 _CHANNELS = (16, 32, 64)  # of the three stages
 
@@ -22,9 +23,9 @@ def _shortcut(channels: int, wide: int, stride: int) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
+    """relu(gate · norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
 
-    def __init__(self, channels: int, wide: int, stride: int) -> None:
+    def __init__(self, channels: int, wide: int, stride: int, *, is_gated: bool) -> None:
         super().__init__()
         self.conv1 = _conv(channels, wide, stride)
         self.norm1 = nn.BatchNorm2d(wide)
@@ -33,16 +34,22 @@ class _Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(wide)
         self.shortcut = _shortcut(channels, wide, stride)
         self.relu2 = nn.ReLU()
+        self.gate = Gate() if is_gated else None
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.gate is not None and self.gate.is_removed:
+            return self.relu2(self.shortcut(inputs))
         hidden = self.relu1(self.norm1(self.conv1(inputs)))
-        return self.relu2(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
+        hidden = self.norm2(self.conv2(hidden))
+        if self.gate is not None:
+            hidden = self.gate(hidden)
+        return self.relu2(hidden + self.shortcut(inputs))
 
 
-def _stage(channels: int, wide: int, length: int, stride: int) -> nn.Module:
-    blocks = {"block1": _Block(channels, wide, stride)}
+def _stage(channels: int, wide: int, length: int, stride: int, *, is_gated: bool) -> nn.Module:
+    blocks = {"block1": _Block(channels, wide, stride, is_gated=is_gated)}
     for index in range(2, length + 1):
-        blocks[f"block{index}"] = _Block(wide, wide, stride=1)
+        blocks[f"block{index}"] = _Block(wide, wide, stride=1, is_gated=is_gated)
     return nn.Sequential(OrderedDict(blocks))
 
 
@@ -61,7 +68,8 @@ def _resnet(
     }
     for stage, size in enumerate(_CHANNELS, start=1):
         wide = scaled(size, model.width)
-        parts[f"stage{stage}"] = _stage(channels, wide, length, stride=1 if stage == 1 else 2)
+        stride = 1 if stage == 1 else 2
+        parts[f"stage{stage}"] = _stage(channels, wide, length, stride, is_gated=model.gates)
         channels = wide
     parts["mean"] = nn.AdaptiveAvgPool2d(1)
     parts["flatten"] = nn.Flatten()
@@ -78,9 +86,14 @@ class Resnet_20(Spec):
 
     Source: He et al. 2016 (1512.03385), section 4.2, with the shortcuts B of section 4.1;
     1803.03635, Fig. 2 and section 4, which calls it Resnet-18.
+
+    Args:
+        width: multiplies the numbers of channels.
+        gates: multiply each block's residual branch by a learned number (`models.Gate`).
     """
 
     width: Width = 1.0
+    gates: bool = later(False, absent=False)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -94,6 +107,7 @@ class Resnet_56(Spec):
     """
 
     width: Width = 1.0
+    gates: bool = later(False, absent=False)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -107,6 +121,7 @@ class Resnet_110(Spec):
     """
 
     width: Width = 1.0
+    gates: bool = later(False, absent=False)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
