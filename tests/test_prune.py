@@ -105,6 +105,16 @@ def test_a_diverged_network_cannot_be_pruned():
             {"selection": {"kind": "published", "target": "vgg-16-a"}},
             r"`selection` published must go with structure channels; got weights",
         ),
+        (
+            {"criterion": "gate", "structure": "blocks"},
+            r"`selection` layerwise must go with structure weights or channels; got blocks",
+        ),
+        ({"selection": "positive"}, r"positive must go with structure channels or blocks; got wei"),
+        ({"criterion": "gate", "structure": "channels"}, r"removes, channels; got gate, which"),
+        (
+            {"criterion": "gate", "selection": "global", "structure": "blocks", "adjust": "refit"},
+            r"`adjust` refit must go with structure channels; got blocks",
+        ),
         ({"method": "magnitude"}, "Has no field `method`. .*Known: criterion, selection"),
     ],
 )

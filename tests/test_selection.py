@@ -12,6 +12,7 @@ from windfall import masks, models, seeds, spec, tracing
 from windfall.selection import (
     Global,
     Layerwise,
+    Positive,
     Published,
     Ratios,
     Selection,
@@ -256,7 +257,33 @@ class TestEverySelection:
 
 def test_every_member_is_tested():
     tested = {type(selection) for selection in SELECTIONS}
-    assert tested | {Published} == set(spec.members(Selection).values())
+    assert tested | {Published, Positive} == set(spec.members(Selection).values())
+
+
+# -- all above 0 --------------------------------------------------------------------------------
+
+
+def test_of_positive_scores_all_stay_and_of_others_none():
+    scored = {"a": torch.tensor([0.5, 0.0, -1.0, 1e-30]), "b": torch.tensor([0.0, 2.0])}
+    alive = {"a": torch.tensor([True, True, True, False]), "b": torch.tensor([True, True])}
+    for level in (1, 2):
+        found = Positive().select(scored, alive, {}, level)
+        assert found["a"].tolist() == [True, False, False, False]
+        assert found["b"].tolist() == [False, True]
+        assert same(found, Positive().select(scored, found, {}, level))
+
+
+def test_where_no_score_is_positive_the_best_stays():
+    scored = {"a": torch.tensor([-3.0, -1.0, -2.0]), "b": torch.zeros(3)}
+    alive = {name: torch.ones(3, dtype=torch.bool) for name in scored}
+    found = Positive().select(scored, alive, {}, 1)
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "a": [False, True, False], "b": [True, False, False]
+    }  # fmt: skip
+
+
+def test_how_many_scores_are_positive_is_not_known_before():
+    assert Positive().counts({"blocks": 9}, {}, 3) == {"blocks": 9}
 
 
 @pytest.mark.parametrize(

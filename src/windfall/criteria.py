@@ -2,7 +2,7 @@
 
 A criterion scores every prunable weight; the highest scores stay. It may see the weights at
 initialization (theta_0) and after training (theta_T). Scores are finite, of the weights' shape.
-The family holds the criteria for channels (`filters`) too.
+The family holds the criteria for channels and blocks (`filters`) too.
 
     scores = Magnitude().score(Evidence(initial, trained, seed=0, level=1), names)
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from windfall import seeds
 from windfall.evidence import Evidence
-from windfall.filters import FeatureReconstruction, FilterNorm, NormalizationScale, Thinet
+from windfall.filters import FeatureReconstruction, FilterNorm, Gate, NormalizationScale, Thinet
 from windfall.masks import Scores
 from windfall.spec import FAMILY, Spec
 from windfall.structure import Unit
@@ -72,7 +72,8 @@ Criterion = Annotated[
     | FilterNorm
     | NormalizationScale
     | Thinet
-    | FeatureReconstruction,
+    | FeatureReconstruction
+    | Gate,
     FAMILY,
 ]
 

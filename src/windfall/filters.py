@@ -1,7 +1,7 @@
-"""Filters: which channels of a network matter.
+"""Filters: which channels, or blocks, of a network matter.
 
 A criterion for channels gives each channel of a group a number; the highest stay. It may see the
-trained weights, and what the network makes of training inputs.
+trained weights, and what the network makes of training inputs. One for blocks does so for them.
 
     FilterNorm().score(evidence, ["conv1.weight"])  # a number for each channel, by group's name
 """
@@ -151,4 +151,30 @@ class FeatureReconstruction(_Reconstructing):
         }
 
 
-ChannelCriterion = FilterNorm | NormalizationScale | Thinet | FeatureReconstruction
+class Gate(Spec):
+    """Keep the residual blocks whose gates are large: s_b = |lambda_b|.
+
+    Source: Huang & Wang 2018 (1707.01213), section 3.2 (Sparse Structure Selection), to be used
+    with the recipe's `penalty` gate-penalty, which makes gates exactly 0, and the selection
+    `positive`.
+    """
+
+    prunes: ClassVar[Unit] = "blocks"
+
+    def refuse(self, network: nn.Module, groups: Iterable[Group]) -> None:
+        """No network with blocks is unfit."""
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """A number for each block, by group's name."""
+        return {name: self._sizes(evidence, evidence.groups[name]) for name in names}
+
+    def _sizes(self, evidence: Evidence, group: Group) -> Tensor:
+        sizes = torch.zeros(group.size, dtype=torch.float64)
+        for slot in group.slots:
+            if slot.tensor in group.scales:
+                gate = evidence.trained[slot.tensor].detach().double().abs()
+                sizes += torch.stack([gate[list(at)].sum() for at in slot.places]).cpu()
+        return sizes
+
+
+GroupCriterion = FilterNorm | NormalizationScale | Thinet | FeatureReconstruction | Gate

@@ -3,6 +3,7 @@
 new = Prune(criterion="magnitude", selection="layerwise").masks(evidence, masks, kinds)
 
 slimming = Prune(criterion="normalization-scale", selection="global", structure="channels")
+blocks = Prune(criterion="gate", selection="positive", structure="blocks")
 thinet = Prune(criterion="thinet", structure="channels", adjust="rescale")
 """
 
@@ -14,18 +15,28 @@ from windfall.adjust import Adjust, Refit, Rescale
 from windfall.criteria import Criterion, Evidence, Magnitude
 from windfall.masks import Masks
 from windfall.models import Kind
-from windfall.selection import Layerwise, Published, Selection
+from windfall.selection import Layerwise, Positive, Published, Selection
 from windfall.spec import FAMILY, Spec, later, tag
-from windfall.units import Channels, Structure, Weights
+from windfall.structure import Unit
+from windfall.units import Structure, Weights
+
+# What selects or adjusts only some units; a selection by kinds of layers has no rate for blocks.
+ONLY: dict[type[Spec], tuple[Unit, ...]] = {
+    Layerwise: ("weights", "channels"),
+    Published: ("channels",),
+    Positive: ("channels", "blocks"),
+    Rescale: ("channels",),
+    Refit: ("channels",),
+}
 
 
 class Prune(Spec):
     """How it is found what stays.
 
     Args:
-        criterion: which weights, or channels, matter.
+        criterion: which weights, channels or blocks matter.
         selection: how many stay, and where.
-        structure: what is removed: single weights, or whole channels.
+        structure: what is removed: single weights, whole channels or whole blocks.
         adjust: how the weights that stay make up for removed channels; None is not at all.
     """
 
@@ -43,21 +54,24 @@ class Prune(Spec):
                 f" {tag(type(self.criterion))}, which judges {unit}"
             )
         for what, value in (("adjust", self.adjust), ("selection", self.selection)):
-            if name == "weights" and isinstance(value, Published | Rescale | Refit):
+            units = ONLY.get(type(value), (unit,))
+            if unit not in units:
                 raise ValueError(
-                    f"`{what}` {tag(type(value))} must go with structure channels; got weights"
+                    f"`{what}` {tag(type(value))} must go with structure {' or '.join(units)}; got"
+                    f" {unit}"
                 )
         return self
 
     @property
     def is_structured(self) -> bool:
-        """Whether channels are removed, and the network becomes smaller."""
-        return isinstance(self.structure, Channels)
+        """Whether channels or blocks are removed, and the network becomes smaller."""
+        return not isinstance(self.structure, Weights)
 
     def masks(self, evidence: Evidence, alive: Masks, kinds: dict[str, Kind]) -> Masks:
         """The masks of the evidence's level, nested in `alive`, of exact counts.
 
-        Of weights by their names; or of channels by their groups' names, of the shape [channel].
+        Of weights by their names; or of channels, or blocks, by their groups' names, of the shape
+        [channel].
 
         Raises:
             SpecError: when a tensor would be emptied; the message names it.

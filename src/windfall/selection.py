@@ -108,7 +108,7 @@ class Global(Spec):
     Args:
         rate: fraction of all survivors removed per level, in [0, 1).
         density: instead of a rate, the fraction of all weights kept at once, in (0, 1].
-        exclude: kinds of layers left as they are and not counted.
+        exclude: kinds of layers left as they are and not counted; blocks are of none.
     """
 
     rate: Rate = 0.2
@@ -128,7 +128,7 @@ class Global(Spec):
         Raises:
             SpecError: when there is nothing to prune, or less kept than there are tensors.
         """
-        pool = {name: size for name, size in totals.items() if kinds[name] not in self.exclude}
+        pool = {n: size for n, size in totals.items() if kinds.get(n) not in self.exclude}
         spared = {name: size for name, size in totals.items() if name not in pool}
         if not pool:
             raise SpecError(
@@ -148,7 +148,7 @@ class Global(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        pool = {name: mask for name, mask in alive.items() if kinds[name] not in self.exclude}
+        pool = {n: mask for n, mask in alive.items() if kinds.get(n) not in self.exclude}
         count = self.counts(sizes(alive), kinds, level)[""]
         joined = torch.cat([scores[name].flatten() for name in pool])
         best = flat({name: highest(scores[name], mask, 1) for name, mask in pool.items()})
@@ -186,6 +186,25 @@ class Ratios(Spec):
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
         return _each(scores, alive, self.counts(sizes(alive), kinds, level))
+
+
+class Positive(Spec):
+    """All whose score is above 0, and the best of every group whatever its score.
+
+    How many these are, only the training tells: until then nothing is taken to be removed, and
+    what is counted before is the most that may stay.
+
+    Source: Huang & Wang 2018 (1707.01213), section 3.2: a block is removed if its gate is 0.
+    """
+
+    def counts(self, totals: dict[str, int], kinds: dict[str, Kind], level: int) -> dict[str, int]:  # noqa: ARG002
+        """The most that each group keeps: all of it."""
+        return dict(totals)
+
+    def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:  # noqa: ARG002
+        """The masks of a level, nested in `alive`."""
+        counts = {name: int((scores[name][mask] > 0).sum()) for name, mask in alive.items()}
+        return _each(scores, alive, {name: max(1, count) for name, count in counts.items()})
 
 
 Target = Literal["vgg-16-a", "resnet-56-a", "resnet-56-b", "resnet-110-a", "resnet-110-b"]
@@ -247,7 +266,7 @@ class Published(Spec):
         return _each(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
-Selection = Annotated[Layerwise | Global | Ratios | Published, FAMILY]
+Selection = Annotated[Layerwise | Global | Ratios | Published | Positive, FAMILY]
 
 
 def uniform(totals: dict[str, int], count: int) -> dict[str, int]:

@@ -1,8 +1,9 @@
-"""Structure: which channels of a network live and die together, and the physically smaller network.
+"""Structure: what parts of a network live and die together, and the physically smaller network.
 
 A channel that is removed takes with it the filter that makes it, its normalization, and whatever of
-other layers reads it; where layers add, their channels go together. These groups are found by
-`tracing`.
+other layers reads it; where layers add, their channels go together. A residual block goes with all
+tensors of its branch, of which nothing is left. These groups are found by `tracing`. In a group of
+blocks "channels" are the blocks.
 
     groups = tracing.trace(network, (3, 32, 32))
     channels = {group.name: keep(group) for group in groups}  # booleans, one a channel
@@ -13,6 +14,7 @@ dictionaries of them, so that a smaller network is its model and the shapes of i
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,11 +24,12 @@ from torch import Tensor, nn
 
 from windfall.initialize import Layer, Transposed
 from windfall.masks import Masks, Params
+from windfall.models import Gate
 
 Normalization = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 Shapes = Mapping[str, tuple[int, ...]]
-Unit = Literal["weights", "channels"]  # what is pruned one by one
+Unit = Literal["weights", "channels", "blocks"]  # what is pruned one by one
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Slot:
     Args:
         tensor: its name.
         axis: of the tensor.
-        places: of each channel, the positions on that axis.
+        places: of each channel, the positions on that axis; none of a block that the tensor is no
+            part of.
     """
 
     tensor: str
@@ -46,12 +50,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that are removed in all their tensors at once.
+    """Channels that are removed in all their tensors at once; or the blocks of a network.
 
     Args:
-        name: of the weight of the first layer that makes them.
-        makers: the weights of all layers that make them, by name, with the axis of what is made.
-        scales: the names of the weights of their batch normalizations.
+        name: of the weight of the first layer that makes them; or `blocks`.
+        makers: the weights of all layers that make them, by name, with the axis of what is made;
+            none of blocks.
+        scales: the names of the weights of their batch normalizations; or of the blocks' gates.
         slots: their places in all tensors, those that only read them included.
     """
 
@@ -193,7 +198,8 @@ def newly(module: nn.Module, groups: Sequence[Group], channels: Masks) -> nn.Mod
             tensor.copy_(kept[name])
     for path, part in made.named_modules():
         name = f"{path}.weight" if path else "weight"
-        if isinstance(part, Layer) and name in kept and kept[name].shape != whole[name].shape:
+        is_smaller = name in kept and kept[name].shape != whole[name].shape
+        if isinstance(part, Layer) and is_smaller and kept[name].numel():
             part.reset_parameters()
     return made
 
@@ -204,7 +210,8 @@ def _own(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _resize(part: nn.Module, changed: Shapes, path: str) -> None:
-    if not isinstance(part, Layer | nn.PReLU | Normalization):
+    is_known = isinstance(part, Layer | nn.PReLU | Normalization | Gate)
+    if not is_known and any(math.prod(shape) for shape in changed.values()):
         raise ValueError(
             f"`{path}` must be a linear layer, a convolution or a batch normalization to be"
             f" resized; got {type(part).__name__}."
@@ -218,15 +225,19 @@ def _resize(part: nn.Module, changed: Shapes, path: str) -> None:
     if isinstance(part, Normalization):
         part.num_features = next(iter(changed.values()))[0]
         return
+    if not is_known:  # nothing of it is left, and its block does not run
+        return
     shape = tuple(part.weight.shape)
-    if isinstance(part, nn.Linear):
+    if isinstance(part, Gate):
+        part.size = shape[0]
+    elif isinstance(part, nn.Linear):
         part.out_features, part.in_features = shape
     elif isinstance(part, Layer):
         part.groups = shape[0] if was_depthwise else part.groups
         one, other = (1, 0) if isinstance(part, Transposed) else (0, 1)
         part.out_channels = shape[one] * (part.groups if one else 1)
         part.in_channels = shape[other] * (part.groups if other else 1)
-    else:
+    elif isinstance(part, nn.PReLU):
         part.num_parameters = shape[0]
 
 

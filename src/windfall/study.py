@@ -15,16 +15,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
-from windfall import flops, seeds, structure, tracing
+from windfall import flops, seeds, structure
 from windfall import models as zoo
 from windfall import prune as pruning
 from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, Rewind, Ticket
 from windfall.data import Data, Dataset, UserData, tensors
 from windfall.data import load as load_data
 from windfall.engines.rule import Asked
-from windfall.filters import ChannelCriterion
+from windfall.filters import GroupCriterion
 from windfall.initialize import GlorotNormal, Initialization, TorchDefault
 from windfall.models import Kind, ModelField, UserModel
 from windfall.prune import LearningRate, Prune, ToStep
@@ -34,7 +34,7 @@ from windfall.selection import uniform
 from windfall.spec import Spec, SpecError, tag, unaddressed
 from windfall.structure import Group
 from windfall.train import Recipe
-from windfall.units import Channels
+from windfall.units import Weights
 
 Metric = Literal["test_accuracy", "test_accuracy_at_early_stop", "early_stop_step", "mask_overlap"]
 
@@ -117,18 +117,20 @@ class Study(Spec):
         if self.metric == "mask_overlap" and "ticket" not in kinds:
             raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
         if self.prune.is_structured:
-            self._fits_channels(kinds)
+            self._fits_groups(kinds, tag(type(self.prune.structure)))
         return self
 
-    def _fits_channels(self, kinds: list[str]) -> None:
+    def _fits_groups(self, kinds: list[str], structure: str) -> None:
         for kind in kinds:
             if kind in ("shuffled", "random"):
                 raise ValueError(
-                    f"`arms` must not include `{kind}` where `prune.structure` is channels: it"
+                    f"`arms` must not include `{kind}` where `prune.structure` is {structure}: it"
                     " arranges masks"
                 )
         if self.metric == "mask_overlap":
-            raise ValueError("`metric` must be of a training where `prune.structure` is channels")
+            raise ValueError(
+                f"`metric` must be of a training where `prune.structure` is {structure}"
+            )
 
     @property
     def decided_level(self) -> int:
@@ -182,7 +184,7 @@ class Network:
         input_shape: of one example.
         num_classes: of its output.
         shapes: of its parameters and buffers.
-        groups: its groups of channels, where channels are pruned.
+        groups: its groups of channels, or of blocks, where these are pruned.
     """
 
     sizes: dict[str, int]
@@ -196,8 +198,8 @@ class Network:
     def kept(self, prune: Prune, level: int) -> dict[str, int | Fraction]:
         """The number of weights that a level keeps of every tensor.
 
-        How a global threshold falls on what it pools is only known after training; it is taken to
-        be even.
+        How a global threshold falls on what it pools, and which blocks stay, is only known after
+        training; both are taken to be even.
 
         Raises:
             SpecError: when a tensor would be emptied; the message names it.
@@ -209,12 +211,12 @@ class Network:
         return counts | _evenly(counts, sizes)
 
     def _beside_channels(self, prune: Prune, level: int) -> dict[str, int | Fraction]:
-        assert isinstance(prune.structure, Channels)
+        assert not isinstance(prune.structure, Weights)
         sizes = {name: group.size for name, group in prune.structure.of(self.groups).items()}
         counts = prune.selection.counts(sizes, self.kinds, level)
         even = {name: max(1, round(count)) for name, count in _evenly(counts, sizes).items()}
         stay = {group.name: group.size for group in self.groups} | counts | even
-        channels = {g.name: torch.arange(g.size) < stay[g.name] for g in self.groups}
+        channels = {group.name: _spread(group.size, stay[group.name]) for group in self.groups}
         like = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
         left = {
             name: math.prod(int(positions.sum()) for positions in axes.values())
@@ -289,6 +291,12 @@ def _evenly(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Fr
     return {name: size * even for name, size in pool.items()}
 
 
+def _spread(size: int, count: int) -> Tensor:
+    """Of so many places, a number of them spread evenly: True for those."""
+    ends = torch.arange(size + 1) * count // size
+    return ends[1:] > ends[:-1]
+
+
 def expand(study: Study) -> Graph:
     """The study's graph of runs.
 
@@ -354,10 +362,10 @@ def _inspect(study: Study, data: Dataset) -> Network:
 
 def _groups(study: Study, module: nn.Module, shape: tuple[int, ...]) -> tuple[Group, ...]:
     prune = study.prune
-    if not isinstance(prune.structure, Channels):
+    if isinstance(prune.structure, Weights):
         return ()
-    groups = tracing.trace(module, shape)
-    assert isinstance(prune.criterion, ChannelCriterion)
+    groups = prune.structure.groups(module, shape)
+    assert isinstance(prune.criterion, GroupCriterion)
     prune.criterion.refuse(module, prune.structure.of(groups).values())
     return groups
 

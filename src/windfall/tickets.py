@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from windfall import masks as masking
-from windfall import seeds, structure, tracing
+from windfall import seeds, structure
 from windfall.adjust import Removal
 from windfall.criteria import Evidence
 from windfall.masks import Masks, Params
@@ -22,7 +22,7 @@ from windfall.runs import Pruned
 from windfall.selection import uniform
 from windfall.structure import Group
 from windfall.train import State
-from windfall.units import Channels
+from windfall.units import Weights
 
 
 class BrokenTicket(AssertionError):
@@ -114,7 +114,8 @@ def begin_smaller(
         BrokenTicket: when the proof fails.
     """
     initial = lineage.initial.params | lineage.initial.buffers
-    groups = tracing.trace(around.network, around.input_shape)
+    assert not isinstance(start.prune.structure, Weights)
+    groups = start.prune.structure.groups(around.network, around.input_shape)
     before = lineage.parent.channels or {
         group.name: torch.ones(group.size, dtype=torch.bool) for group in groups
     }
@@ -152,7 +153,7 @@ def _chosen(
     seed: int,
 ) -> Masks:
     """The channels that stay of the groups that may lose some, in the whole network's numbers."""
-    assert isinstance(start.prune.structure, Channels)
+    assert not isinstance(start.prune.structure, Weights)
     whole, own = groups
     names = list(start.prune.structure.of(whole))
     parent = lineage.parent

@@ -1,10 +1,11 @@
-"""Tracing: which channels of a network live and die together, found and proved.
+"""Tracing: which channels, or blocks, of a network live and die together, found and proved.
 
-Torch-Pruning's dependency graph proposes the groups. A proof follows: a network with channels
-removed must compute what the whole one does with the same entries set to 0, for random channels and
-weights, in float64.
+Torch-Pruning's dependency graph proposes the groups of channels; blocks say themselves by their
+gates what they are. A proof follows: a network with channels, or blocks, removed must compute what
+the whole one does with the same entries set to 0, for random ones and random weights, in float64.
 
     groups = trace(network, (3, 32, 32))
+    (blocks,) = gated(network, (3, 32, 32))
 """
 
 import copy
@@ -21,6 +22,7 @@ from torch.func import functional_call
 
 from windfall import limits, models, seeds
 from windfall.initialize import Layer, Transposed
+from windfall.models import Gate
 from windfall.spec import SpecError
 from windfall.structure import (
     Group,
@@ -52,9 +54,7 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group, ...]:
         SpecError: when nothing can be removed, or the network cannot be followed; the message
             names the module.
     """
-    own = copy.deepcopy(module).double().eval()
-    for param in own.parameters():
-        param.requires_grad_()
+    own = _copied(module)
     last = [name for name, kind in models.kinds(own, input_shape).items() if kind == "output"]
     proposed = [group for group in _proposed(own, input_shape) if group is not None]
     groups = _ordered(own, [g for g in proposed if not set(last) & set(g.makers)])
@@ -65,6 +65,13 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group, ...]:
         if not groups or not _is_proved(own, input_shape, groups):
             raise _refused(module, "with channels removed it computes something else than without")
     return tuple(groups)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    own = copy.deepcopy(module).cpu().double().eval()
+    for param in own.parameters():
+        param.requires_grad_()
+    return own
 
 
 def _ordered(own: nn.Module, groups: list[Group]) -> list[Group]:
@@ -236,6 +243,55 @@ def _axes(part: nn.Module, *, makes: bool) -> list[tuple[str, int]] | None:
             None if part.groups > 1 else [("weight", 1), ("bias", 0)] if makes else [("weight", 0)]
         )
     return [("weight", 0), ("bias", 0)] if makes else [("weight", 1)]
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+
+def gated(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group]:
+    """The one group of a network's blocks that have a gate, in their order, proved.
+
+    A block is removed with every tensor of its branch: all its parts but the one named `shortcut`.
+
+    Args:
+        module: the network; left as it is.
+        input_shape: the shape of one input.
+
+    Raises:
+        SpecError: when no block has a gate, or a network without blocks computes something else
+            than with their branches at 0.
+    """
+    own = _copied(module)
+    blocks = [
+        f"{path}." if path else ""
+        for path, part in own.named_modules()
+        if any(isinstance(child, Gate) for child in part.children())
+    ]
+    if not blocks:
+        raise SpecError(
+            "`prune.structure` blocks must be used with a network whose blocks have gates; got"
+            f" {type(module).__name__} without. Take a residual network of the zoo with"
+            " `model.gates=true`, or write blocks with `models.Gate`."
+        )
+    group = _of_blocks(own, blocks)
+    if group.size > 1 and not _is_proved(own, input_shape, [group]):
+        raise SpecError(
+            "`prune.structure` blocks must be used with a network that computes without a block"
+            f" what it does with the branch at 0; {type(module).__name__} does not. Let each"
+            " block's `forward` return its shortcut where its gate `is_removed`."
+        )
+    return (group,)
+
+
+def _of_blocks(own: nn.Module, blocks: Sequence[str]) -> Group:
+    slots: list[Slot] = []
+    for name, tensor in [*own.named_parameters(), *own.named_buffers()]:
+        within = [name.startswith(b) and not name.startswith(f"{b}shortcut.") for b in blocks]
+        if any(within) and tensor.dim():  # a counter of batches has no positions to lose
+            every = tuple(range(tensor.shape[0]))
+            slots.append(Slot(name, 0, tuple(every if its else () for its in within)))
+    gates = (f"{p}.weight" for p, part in own.named_modules() if isinstance(part, Gate))
+    return Group("blocks", {}, tuple(gates), tuple(slots))
 
 
 # -- the proof -------------------------------------------------------------------------------------

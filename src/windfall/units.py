@@ -1,5 +1,7 @@
 """Units: what is removed of a network, one by one.
 
+A member but `Weights` finds a network's groups, and says which of them may lose something.
+
 Channels(exclude=("conv1.weight",)).of(tracing.trace(network, (3, 32, 32)))
 """
 
@@ -7,6 +9,9 @@ import fnmatch
 from collections.abc import Iterable
 from typing import Annotated
 
+from torch import nn
+
+from windfall import tracing
 from windfall.spec import FAMILY, Spec, SpecError, nearest
 from windfall.structure import Group
 
@@ -27,6 +32,10 @@ class Channels(Spec):
 
     exclude: tuple[str, ...] = ()
     shared: bool = True
+
+    def groups(self, module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group, ...]:
+        """All groups of channels of a network, as `tracing.trace` finds them."""
+        return tracing.trace(module, input_shape)
 
     def of(self, groups: Iterable[Group]) -> dict[str, Group]:
         """The groups that may lose channels, by name.
@@ -56,4 +65,19 @@ class Channels(Spec):
         return found
 
 
-Structure = Annotated[Weights | Channels, FAMILY]
+class Blocks(Spec):
+    """Whole residual blocks that have a gate (`models.Gate`): of each only its shortcut is left.
+
+    Source: Huang & Wang 2018 (1707.01213), section 3.2 (Sparse Structure Selection).
+    """
+
+    def groups(self, module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group, ...]:
+        """The network's blocks, as `tracing.gated` finds them: one group."""
+        return tracing.gated(module, input_shape)
+
+    def of(self, groups: Iterable[Group]) -> dict[str, Group]:
+        """The groups that may lose blocks, by name."""
+        return {group.name: group for group in groups}
+
+
+Structure = Annotated[Weights | Channels | Blocks, FAMILY]
