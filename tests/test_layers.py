@@ -12,9 +12,10 @@ import windfall
 # A module imports only from those before it; the list is the order of reading.
 LAYERS = {
     "ground": "spec, seeds, limits",
-    "mathematics": "masks, initialize, models, flops, structure, tracing, units, "
-    "reconstruction, evidence, filters, criteria, selection, adjust, prune",
-    "laboratory": "files, samples, batches, data, train, runs, probes, engines, tickets, arms",
+    "mathematics": "masks, initialize, models, flops, structure, tracing, units, reconstruction, "
+    "evidence, filters, criteria, selection, adjust, prune",
+    "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
+    "tickets, arms",
     "studies": "stats, study, suite, settings, states, store, worker, service, schedule, execute",
     "outside": "workload, trials, pace, costs, words, findings, tables, overview, plots, page, "
     "display, bench, verbs, cli",

@@ -19,6 +19,7 @@ from windfall import (
     prune,
     runs,
     selection,
+    sparsity,
     spec,
     train,
     units,
@@ -35,7 +36,8 @@ FAMILIES = {
     "Criterion": criteria.Criterion,
     "Selection": selection.Selection,
     "Structure": units.Structure,
-    "Penalty": train.Penalty,
+    "Penalty": sparsity.Penalty,
+    "Rhythm": sparsity.Rhythm,
     "Adjust": adjust.Adjust,
     "Rewind": prune.Rewind,
     "Start": runs.Start,
@@ -265,7 +267,20 @@ GOLDEN = {
         ),
     ),
     "b2b6523e6366544a2423a6b30fe4ede270c539662090eadd3424205c3f9b4c28": DENSE.model_copy(
-        update={"recipe": train.Recipe(penalty=train.ScalePenalty())}
+        update={"recipe": train.Recipe(penalty=sparsity.ScalePenalty())}
+    ),
+    "fee1c1161268c0c6df23828eb9f3978b927e376f7e64d9c8147b127fdaec38d2": DENSE.model_copy(
+        update={
+            "model": models.Resnet_20(gates=True),
+            "recipe": train.Recipe(penalty=sparsity.GatePenalty()),
+        }
+    ),
+    "ebe8692f7df1877078a87afc6dde4ca2be8ea5ffb6a3d33cd6900318e47df4c3": child(
+        level=1,
+        prune=prune.Prune(criterion="gate", selection="positive", structure="blocks"),
+    ),
+    "26201ec026cb35755d3503b593d47a304d0886963d5dbfd7a5209e92439353f7": DENSE.model_copy(
+        update={"recipe": train.Recipe(rhythm=sparsity.SoftPruning(every=100))}
     ),
 }
 

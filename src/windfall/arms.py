@@ -75,7 +75,7 @@ class Family:
     def _add(self, start: Start, seed: int) -> str:
         recipe = self.base.recipe
         if isinstance(start, Pruned):
-            recipe = recipe.model_copy(update={"penalty": None})
+            recipe = recipe.plain()
         run = self.base.model_copy(update={"start": start, "seed": seed, "recipe": recipe})
         address = run.address
         self.runs.setdefault(address, run)

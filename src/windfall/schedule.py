@@ -79,7 +79,7 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
                 density = graph.density(level)
             case _:  # a network without channels is trained whole
                 density = 1.0
-        key = density, run.recipe.penalty is not None
+        key = density, bool(run.recipe.sparsity)
         if key not in made:
             made[key] = choose(study.engine, network, shape, density, device, run.recipe)
         found[address] = made[key]

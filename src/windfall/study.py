@@ -353,11 +353,18 @@ def _inspect(study: Study, data: Dataset) -> Network:
     multiply_adds = flops.multiply_adds(module, shape)
     tensors = params | dict(module.named_buffers())
     groups = _groups(study, module, shape)
-    if study.recipe.penalty is not None:
-        study.recipe.penalty.scales(module)
+    _check_sparsity(study.recipe, module, shape)
     return Network(
         sizes, kinds, multiply_adds, shape, data.num_classes, structure.shapes(tensors), groups
     )
+
+
+def _check_sparsity(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Refuse, by a `SpecError`, sparsity training that the network is not fit for."""
+    if recipe.penalty is not None:
+        recipe.penalty.targets(module)
+    if recipe.rhythm is not None:
+        recipe.rhythm.begun(module, shape)
 
 
 def _groups(study: Study, module: nn.Module, shape: tuple[int, ...]) -> tuple[Group, ...]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from windfall.data import CropFlip
 from windfall.masks import Masks, Params
-from windfall.spec import FAMILY, Spec, SpecError, later
+from windfall.sparsity import GatePenalty, Penalty, Rhythm
+from windfall.spec import FAMILY, Spec, later, tag
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -141,44 +142,6 @@ class Cosine(Spec):
 Schedule = Annotated[Constant | StepDrops | Cosine, FAMILY]
 
 
-class ScalePenalty(Spec):
-    """Sparsity training: an L1 penalty on the scales of all batch normalizations.
-
-    strength · sum |gamma| beside the loss, by its subgradient: gamma's gradient has strength ·
-    sign(gamma) more. It is not in the losses that are told, and belongs to the dense run alone:
-    what stays of a network is trained without it.
-
-    Source: Liu et al. 2017 (1708.06519), section 3.3 (Network Slimming); 1e-4 for VGG, 1e-5 for
-    PreResNet and DenseNet in 1810.05270's code.
-
-    Args:
-        strength: above 0.
-    """
-
-    strength: float = Field(default=1e-4, gt=0)
-
-    def scales(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        """What is penalized, by name.
-
-        Raises:
-            SpecError: when the network has no batch normalization.
-        """
-        found = {
-            f"{path}.weight": part.weight
-            for path, part in network.named_modules()
-            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and part.affine
-        }
-        if not found:
-            raise SpecError(
-                "`recipe.penalty` scale-penalty must be used with a network that has batch"
-                f" normalization; got {type(network).__name__} without. Leave it out."
-            )
-        return found
-
-
-Penalty = Annotated[ScalePenalty, FAMILY]
-
-
 class Recipe(Spec):
     """How a network is trained, the step its only clock.
 
@@ -192,7 +155,8 @@ class Recipe(Spec):
             the last step are evaluated too.
         dtype: of parameters and arithmetic.
         augment: crop and flip of the training images, or none.
-        penalty: on the dense network's weights, beside the loss, or none.
+        penalty: on scales or gates of the dense network, beside the loss, or none.
+        rhythm: in which filters of the dense network are set to 0, or none.
     """
 
     optimizer: Optimizer = Sgd()
@@ -204,6 +168,37 @@ class Recipe(Spec):
     dtype: Literal["float32", "float64"] = "float32"
     augment: CropFlip | None = None
     penalty: Penalty | None = later(None, absent=None)
+    rhythm: Rhythm | None = later(None, absent=None)
+
+    @model_validator(mode="after")
+    def _penalty_has_momentum(self) -> "Recipe":
+        if isinstance(self.penalty, GatePenalty) and not isinstance(self.optimizer, Sgd):
+            raise ValueError(
+                "`penalty` gate-penalty must go with `optimizer` sgd, whose momentum is its steps';"
+                f" got {tag(type(self.optimizer))}"
+            )
+        return self
+
+    @property
+    def sparsity(self) -> tuple[str, ...]:
+        """The names of its fields of sparsity training (`penalty`, `rhythm`) that are set."""
+        fields = {"penalty": self.penalty, "rhythm": self.rhythm}
+        return tuple(name for name, value in fields.items() if value is not None)
+
+    def plain(self) -> "Recipe":
+        """The recipe without sparsity training: that of every run but the dense one."""
+        return self.model_copy(update={"penalty": None, "rhythm": None})
+
+    def optimizers(self, network: nn.Module, step: int) -> list[torch.optim.Optimizer]:
+        """The optimizers that make a step together, each over its own of a network's parameters."""
+
+        def build(params: list[Tensor]) -> torch.optim.Optimizer:
+            return self.optimizer.build(params, self.rate(step))
+
+        if self.penalty is None:
+            return [build(list(network.parameters()))]
+        momentum = self.optimizer.momentum if isinstance(self.optimizer, Sgd) else 0.0
+        return self.penalty.optimizers(network, build, momentum)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step; after the last step, that of the last."""

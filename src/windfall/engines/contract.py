@@ -73,11 +73,11 @@ def evaluation(
     return Evaluation(state.step, train_loss, *validation, *test)
 
 
-def refuse_penalty(recipe: Recipe, engine: str) -> None:
-    """Refuse, by `Unsupported`, a penalty in an engine that knows none."""
-    if recipe.penalty is not None:
+def refuse_sparsity(recipe: Recipe, engine: str) -> None:
+    """Refuse, by `Unsupported`, sparsity training in an engine that knows none."""
+    for name in recipe.sparsity:
         raise Unsupported(
-            f"`engine` must be separate or auto where `recipe.penalty` is set; got {engine}."
+            f"`engine` must be separate or auto where `recipe.{name}` is set; got {engine}."
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from windfall.data import Dataset
-from windfall.engines.contract import Task, Unsupported, refuse_penalty
+from windfall.engines.contract import Task, Unsupported, refuse_sparsity
 from windfall.samples import Part
 from windfall.train import Recipe, State
 
@@ -63,7 +63,7 @@ def choose(
         input_shape: of one sample.
         density: fraction of the prunable weights that are trained, in (0, 1].
         device: `cpu` or `cuda`.
-        recipe: how it is trained; None is without a penalty.
+        recipe: how it is trained; None is without sparsity training.
 
     Raises:
         Unsupported: when the engine asked for by name cannot train the network; the message names
@@ -71,10 +71,10 @@ def choose(
     """
     if asked == "separate":
         return Choice(asked)
-    if recipe is not None and recipe.penalty is not None:
+    if recipe is not None and recipe.sparsity:
         if asked != "auto":
-            refuse_penalty(recipe, asked)
-        return Choice("separate", "`recipe.penalty` is known to `separate` alone.")
+            refuse_sparsity(recipe, asked)
+        return Choice("separate", f"`recipe.{recipe.sparsity[0]}` is known to `separate` alone.")
     if asked == "stacked":
         _examine(network, input_shape)
         return Choice(asked)

@@ -5,6 +5,7 @@ weight, 0 at the start, has gradient, momentum and moments of exactly 0 and stay
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +42,19 @@ class _Training:
     def __init__(self, task: Task, state: State) -> None:
         self.task, self.data, self.recipe = task, task.data, task.recipe
         dtype, device = task.recipe.torch_dtype, task.data.train.labels.device
+        rhythm, shape = task.recipe.rhythm, task.data.input_shape
+        self.zeroing = None if rhythm is None else rhythm.begun(task.network, shape)
         self.network = task.network.to(device=device, dtype=dtype).train()
         self.named: Params = dict(self.network.named_parameters())
         check(self.network, state)
         overwrite(self.network, state)
-        self.params = list(self.named.values())
-        self.optimizer = self.recipe.optimizer.build(self.params, self.recipe.rate(state.step))
+        self.optimizers = self.recipe.optimizers(self.network, state.step)
+        moments = self._moments()
         for kind, tensors in state.optimizer.items():
             for name, value in tensors.items():
-                self.optimizer.state[self.named[name]][kind] = value.to(device).clone()
+                moments[name][kind] = value.to(device).clone()
         self.masks: Masks = {n: mask.to(device) for n, mask in state.masks.items()}
         self.masked = [(self.named[n], -mask.to(BITS[dtype])) for n, mask in self.masks.items()]
-        penalty = self.recipe.penalty
-        self.scales = list(penalty.scales(self.network).values()) if penalty else []
         self.batches = _indices(task, state.step)
         self.looks = [
             (part, self.data.prepare(part.inputs, dtype))
@@ -63,11 +64,21 @@ class _Training:
         self.losses = state.losses.to(device).clone()
         self.evaluations, self.snapshots = list(state.evaluations), dict(state.snapshots)
 
+    def _moments(self) -> dict[str, dict[str, Any]]:
+        """What the optimizers know of each parameter, to be looked at and changed."""
+        places = {id(param): name for name, param in self.named.items()}
+        return {
+            places[id(param)]: optimizer.state[param]
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+        }
+
     def state(self) -> State:
         """The state now; shares no storage with the training."""
         optimizer: dict[str, Params] = {}
-        for name, param in self.named.items():
-            for kind, value in self.optimizer.state.get(param, {}).items():
+        for name, moments in self._moments().items():
+            for kind, value in moments.items():
                 assert value is None or isinstance(value, Tensor), kind  # others would be lost
                 if value is not None:
                     optimizer.setdefault(kind, {})[name] = value
@@ -92,21 +103,21 @@ class _Training:
 
     def advance(self) -> None:
         inputs, labels = self.batch()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.rate(self.step)
+            optimizer.zero_grad()
         loss = F.cross_entropy(self.network(inputs), labels)
         loss.backward()
-        if self.recipe.penalty is not None:
-            for scale in self.scales:
-                assert scale.grad is not None
-                scale.grad.add_(scale.detach().sign(), alpha=self.recipe.penalty.strength)
         for weight, bits in self.masked:
             if weight.grad is not None:  # a product would leave NaN where a gradient overflowed
                 weight.grad.view(bits.dtype).bitwise_and_(bits)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.losses += loss.detach()
         self.step += 1
+        if self.zeroing is not None and self.zeroing.is_due(self.step, self.task.last_step):
+            self.zeroing.zero(self.named)
 
     def evaluate(self) -> None:
         self.network.eval()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from windfall.data import Part
 from windfall.engines import contract, lift, replay
-from windfall.engines.contract import AHEAD, CHUNK, Task, refuse_penalty
+from windfall.engines.contract import AHEAD, CHUNK, Task, refuse_sparsity
 from windfall.engines.replay import Tell
 from windfall.engines.separate import BITS
 from windfall.masks import Params
@@ -245,7 +245,7 @@ def train(
         torch.OutOfMemoryError: when not even one replica fits in memory.
     """
     _check(tasks, states)
-    refuse_penalty(tasks[0].recipe, "stacked")
+    refuse_sparsity(tasks[0].recipe, "stacked")
     lift.examine(tasks[0])
     now = [_kept(state) for state in states]
     waiting = _stacks(now, tasks[0].last_step)

@@ -374,7 +374,7 @@ def compiled_program(network: Network, task: Task) -> Program:
     if inputs.device.type != "cpu":
         raise Unsupported("`engine` must be one for this device; sparse is for the CPU.")
     recipe = task.recipe
-    contract.refuse_penalty(recipe, "sparse")
+    contract.refuse_sparsity(recipe, "sparse")
     made = Program(network, recipe.batch_size, recipe.dtype, _stored(inputs), rule(recipe))
     largest = max(layout.channel * (layout.channels + 1) for layout in made.layouts.values())
     if largest > np.iinfo(np.int32).max:
