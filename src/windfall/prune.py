@@ -21,7 +21,7 @@ from windfall.structure import Unit
 from windfall.units import Structure, Weights
 
 # What selects or adjusts only some units; a selection by kinds of layers has no rate for blocks.
-ONLY: dict[type[Spec], tuple[Unit, ...]] = {
+ONLY: dict[type, tuple[Unit, ...]] = {
     Layerwise: ("weights", "channels"),
     Published: ("channels",),
     Positive: ("channels", "blocks"),

@@ -133,7 +133,8 @@ class GatePenalty(Spec):
     ) -> list[torch.optim.Optimizer]:
         """The recipe's optimizer, over all but the gates, and the gates' own."""
         gates = self.targets(network)
-        others = [param for name, param in network.named_parameters() if name not in gates]
+        every = network.named_parameters()
+        others: list[Tensor] = [param for name, param in every if name not in gates]
         return [build(others), _Proximal(list(gates.values()), momentum, self.strength)]
 
 
@@ -145,7 +146,7 @@ class _Proximal(torch.optim.Optimizer):
         self.momentum, self.strength = momentum, strength
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002  torch's signature
+    def step(self, closure: Any = None) -> Any:  # noqa: ARG002  torch's signature
         for group in self.param_groups:
             for param in group["params"]:
                 assert param.grad is not None
