@@ -266,6 +266,13 @@ def test_gates_need_an_optimizer_with_momentum():
         GatePenalty(strength=0)
 
 
+def test_gates_steps_are_not_restored_as_the_optimizers():
+    arms = [{"kind": "rewind", "to": {"kind": "to-step", "step": 2, "optimizer": "restored"}}]
+    recipe = {"optimizer": MOMENTUM, "steps": 6, "penalty": "gate-penalty"}
+    with pytest.raises(ValueError, match=r"`arms\.rewind\.to\.optimizer` must be reset where"):
+        small.study(recipe, model=GATED, prune=BY_GATES, arms=arms)
+
+
 # -- rhythms ---------------------------------------------------------------------------------------
 
 SOFT = {"kind": "soft-pruning", "every": 4, "selection": {"convolution": 0.5, "hidden": 0.25}}

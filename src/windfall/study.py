@@ -31,6 +31,7 @@ from windfall.prune import LearningRate, Prune, ToStep
 from windfall.runs import Fresh, Pruned, Run
 from windfall.samples import stacked
 from windfall.selection import uniform
+from windfall.sparsity import GatePenalty
 from windfall.spec import Spec, SpecError, tag, unaddressed
 from windfall.structure import Group
 from windfall.train import Recipe
@@ -113,7 +114,7 @@ class Study(Spec):
             raise ValueError(f"`arms` must differ; got `{min(twice)}` twice")
         for arm in self.arms:
             if isinstance(arm, Rewind):
-                _fits(arm.to, self.recipe.steps)
+                _fits(arm.to, self.recipe)
         if self.metric == "mask_overlap" and "ticket" not in kinds:
             raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
         if self.prune.is_structured:
@@ -152,8 +153,12 @@ class Study(Spec):
         return TorchDefault() if isinstance(self.model, UserModel) else GlorotNormal()
 
 
-def _fits(to: pruning.Rewind, steps: int) -> None:
+def _fits(to: pruning.Rewind, recipe: Recipe) -> None:
+    steps = recipe.steps
     match to:
+        case ToStep(optimizer="restored") if isinstance(recipe.penalty, GatePenalty):
+            problem = "optimizer` must be reset where `recipe.penalty` is gate-penalty, whose steps"
+            problem += " of gates are not the optimizer's; got restored"
         case ToStep(step=step) if step >= steps:
             problem = f"step` must be less than `recipe.steps`, {steps}; got {step}"
         case LearningRate(steps=replayed) if replayed > steps:
