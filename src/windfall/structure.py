@@ -148,6 +148,11 @@ def restricted(groups: Sequence[Group], channels: Masks, like: Params) -> tuple[
     )
 
 
+def tensors(module: nn.Module) -> Params:
+    """The parameters and buffers of a network, by name."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
 def shapes(tensors: Params) -> dict[str, tuple[int, ...]]:
     """The shapes of tensors, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -161,7 +166,8 @@ def resized(module: nn.Module, wanted: Shapes) -> nn.Module:
 
     Args:
         module: the network; left as it is.
-        wanted: the shape of every parameter and buffer, by name.
+        wanted: the shape of every parameter and buffer, by name; one that several layers share is
+            named once.
 
     Raises:
         ValueError: when a layer cannot have these shapes.
@@ -172,11 +178,27 @@ def resized(module: nn.Module, wanted: Shapes) -> nn.Module:
         changed = {
             name: wanted[prefix + name]
             for name, tensor in _own(part)
-            if tuple(tensor.shape) != wanted[prefix + name]
+            if tuple(tensor.shape) != wanted.get(prefix + name, tensor.shape)
         }
         if changed:
             _resize(part, changed, path)
     return made
+
+
+def given(module: nn.Module, tensors: Params) -> nn.Module:
+    """A copy of a network with the sizes, values and dtype of these tensors, in evaluation mode.
+
+    Args:
+        module: the network; left as it is.
+        tensors: every parameter and buffer, by name.
+
+    Raises:
+        ValueError: when a layer cannot have these shapes.
+    """
+    made = resized(module, shapes(tensors))
+    for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+        tensor.data = tensors[name].detach().clone()
+    return made.eval()
 
 
 def newly(module: nn.Module, groups: Sequence[Group], channels: Masks) -> nn.Module:
@@ -190,7 +212,7 @@ def newly(module: nn.Module, groups: Sequence[Group], channels: Masks) -> nn.Mod
         groups: of the whole network.
         channels: by group's name, True for a channel that stays.
     """
-    whole = dict(module.named_parameters()) | dict(module.named_buffers())
+    whole = tensors(module)
     kept = shrunk(whole, groups, channels)
     made = resized(module, shapes(kept))
     with torch.no_grad():

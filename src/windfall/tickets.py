@@ -163,7 +163,7 @@ def _chosen(
         seed,
         start.level,
         {group.name: group for group in own if group.name in names},
-        lambda: _network(around.network, parent),
+        lambda: structure.given(around.network, parent.params | parent.buffers),
         around.inputs,
     )
     scores = start.prune.criterion.score(evidence, names)
@@ -175,16 +175,6 @@ def _chosen(
     }
     alive = {name: before[name] for name in names}
     return start.prune.selection.select(spread, alive, kinds, start.level)
-
-
-def _network(whole: nn.Module, state: State) -> nn.Module:
-    """A network of a state's sizes and values, in evaluation mode."""
-    tensors = state.params | state.buffers
-    made = structure.resized(whole, structure.shapes(tensors))
-    with torch.no_grad():
-        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-            tensor.copy_(tensors[name])
-    return made.to(next(iter(state.params.values())).dtype).eval()
 
 
 def _without(source: State, groups: Sequence[Group], channels: Masks) -> State:
@@ -226,7 +216,9 @@ def _adjust(
     seed: int,
 ) -> None:
     assert start.prune.adjust is not None
-    whole, smaller = (_network(around.network, each) for each in (parent, state))
+    whole, smaller = (
+        structure.given(around.network, each.params | each.buffers) for each in (parent, state)
+    )
     groups, channels = removed
     inputs = around.inputs(start.prune.adjust.num_images)
     stream = seeds.stream(seed, "adjust", start.level)

@@ -33,6 +33,7 @@ from windfall.structure import (
     resized,
     shapes,
     shrunk,
+    tensors,
 )
 
 ROOTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that make channels
@@ -57,7 +58,15 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Group, ...]:
     own = _copied(module)
     last = [name for name, kind in models.kinds(own, input_shape).items() if kind == "output"]
     proposed = [group for group in _proposed(own, input_shape) if group is not None]
-    groups = _ordered(own, [g for g in proposed if not set(last) & set(g.makers)])
+    named = tensors(own).keys()  # of a tensor that layers share, the first one's name alone
+    groups = _ordered(
+        own,
+        [
+            group
+            for group in proposed
+            if not set(last) & set(group.makers) and named >= {slot.tensor for slot in group.slots}
+        ],
+    )
     if not groups:
         raise _refused(module, "none of its layers has channels that can be removed")
     if not _is_proved(own, input_shape, groups):
@@ -172,17 +181,18 @@ def _group(graph: Any, found: Any, paths: Mapping[int, str]) -> Group | None:
             return None
         if id(part) not in paths:  # an addition, a concatenation: nothing of its own
             continue
-        path, makes = paths[id(part)], graph.is_out_channel_pruning_fn(item.dep.handler)
+        prefix = f"{paths[id(part)]}." if paths[id(part)] else ""
+        makes = graph.is_out_channel_pruning_fn(item.dep.handler)
         axes = _axes(part, makes=makes)
         if axes is None:
             return None
         if makes and isinstance(part, Layer) and not is_depthwise(part):
-            makers[f"{path}.weight"] = axes[0][1]
+            makers[f"{prefix}weight"] = axes[0][1]
         if isinstance(part, Normalization) and part.affine:
-            scales.append(f"{path}.weight")
+            scales.append(f"{prefix}weight")
         period = _period(part, makes=makes)
         places += [
-            _Place(f"{path}.{name}", axis, item.idxs, item.root_idxs, period, not makes)
+            _Place(f"{prefix}{name}", axis, item.idxs, item.root_idxs, period, not makes)
             for name, axis in axes
             if getattr(part, name) is not None
         ]
@@ -300,19 +310,18 @@ def _of_blocks(own: nn.Module, blocks: Sequence[str]) -> Group:
 def _is_proved(own: nn.Module, input_shape: tuple[int, ...], groups: Sequence[Group]) -> bool:
     """Whether the network without random channels computes what it does with them set to 0."""
     stream = seeds.stream(0, "structure")
-    tensors = dict(own.named_parameters()) | dict(own.named_buffers())
-    drawn = {name: _drawn(tensor, stream) for name, tensor in tensors.items()}
-    channels = {group.name: _some(stream.random(group.size)) for group in groups}
+    values = {name: drawn(tensor, stream) for name, tensor in tensors(own).items()}
+    channels = {group.name: some(stream.random(group.size)) for group in groups}
     inputs = torch.from_numpy(stream.standard_normal((2, *input_shape)))
     with seeds.isolated(0, "structure"), torch.no_grad():
         try:
-            smaller = shrunk(drawn, groups, channels)
+            smaller = shrunk(values, groups, channels)
             zeroed = {
-                name: drawn[name] * mask
-                for name, mask in masks(groups, channels, drawn).items()
+                name: values[name] * mask
+                for name, mask in masks(groups, channels, values).items()
                 if name in dict(own.named_parameters())
             }
-            whole = functional_call(own, drawn | zeroed, (inputs,))
+            whole = functional_call(own, values | zeroed, (inputs,))
             less = functional_call(resized(own, shapes(smaller)), smaller, (inputs,))
         except (RuntimeError, ValueError, IndexError):
             return False
@@ -324,7 +333,7 @@ def _is_proved(own: nn.Module, input_shape: tuple[int, ...], groups: Sequence[Gr
     )
 
 
-def _drawn(like: Tensor, stream: np.random.Generator) -> Tensor:
+def drawn(like: Tensor, stream: np.random.Generator) -> Tensor:
     """Values none of which is 0, of a scale that no depth makes overflow."""
     if not like.is_floating_point():
         return like
@@ -335,8 +344,12 @@ def _drawn(like: Tensor, stream: np.random.Generator) -> Tensor:
     return values * signs / math.sqrt(math.prod(like.shape[1:]))
 
 
-def _some(draws: Any) -> Tensor:
-    """Half of the channels, at least one of them staying and, where there are two, one not."""
+def some(draws: Any) -> Tensor:
+    """Half of the channels, at least one of them staying and, where there are two, one not.
+
+    Args:
+        draws: uniform in [0, 1), [channel].
+    """
     keep = torch.from_numpy(draws < 0.5)
     keep[int(draws.argmin())] = True
     keep[int(draws.argmax())] = False
