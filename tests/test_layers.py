@@ -12,13 +12,13 @@ import windfall
 # A module imports only from those before it; the list is the order of reading.
 LAYERS = {
     "ground": "spec, seeds, limits",
-    "mathematics": "masks, initialize, models, flops, structure, tracing, units, reconstruction, "
-    "evidence, filters, criteria, selection, adjust, prune",
+    "mathematics": "masks, initialize, models, flops, structure, tracing, units, compact, "
+    "reconstruction, evidence, filters, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
     "tickets, arms",
     "studies": "stats, study, suite, settings, states, store, worker, service, schedule, execute",
-    "outside": "workload, trials, pace, costs, words, findings, tables, overview, plots, page, "
-    "display, bench, verbs, cli",
+    "outside": "latency, workload, trials, pace, costs, words, findings, tables, overview, plots, "
+    "page, display, bench, parcels, formats, exports, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])
