@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from windfall import compact, masks, models, seeds, structure, tracing
+from windfall import compact, masks, models, seeds, structure
 
 
 def masked(network, density, seed=0):

@@ -1,6 +1,7 @@
 """What forward passes take: nothing here depends on how fast the machine is."""
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -84,13 +85,42 @@ def test_the_threads_are_given_back():
         torch.set_num_threads(before)
 
 
-def test_quartiles_and_what_they_decide():
-    middle = Latency((1.0, 2.0, 3.0, 4.0, 5.0))
-    assert (middle.median, middle.quartiles) == (3.0, (2.0, 4.0))
-    assert Latency((0.5, 1.0, 1.5)).against(middle) == "faster"
-    assert middle.against(Latency((0.5, 1.0, 1.5))) == "slower"
-    assert Latency((1.0, 2.5, 3.0)).against(middle) == "same"  # a lower median is not enough
-    assert middle.against(middle) == "same"
+def test_the_median_and_the_quartiles_of_rounds():
+    found = Latency((5.0, 2.0, 3.0, 4.0, 1.0))
+    assert (found.median, found.quartiles) == (3.0, (2.0, 4.0))
+
+
+def rounds(*ratios):
+    """Rounds of which every second one was disturbed, threefold, and those of another network."""
+    disturbed = [1.0 + 2.0 * (index % 2) for index in range(len(ratios))]
+    pairs = list(zip(disturbed, ratios, strict=True))
+    return Latency(tuple(d * r for d, r in pairs)), Latency(tuple(d for d, _ in pairs))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "word"),
+    [
+        ([0.9] * 12, "faster"),
+        ([1.1] * 12, "slower"),
+        ([1.0] * 12, "same"),
+        ([0.9] * 9 + [1.1] * 3, "same"),  # 3 of 12 or fewer by chance: 7 %
+        ([0.9] * 10 + [9.0] * 2, "faster"),  # 2 of 12 or fewer: 2 %
+        ([0.9] * 2 + [1.1] * 10, "slower"),
+    ],
+)
+def test_what_is_faster_is_so_round_by_round(ratios, word):
+    one, other = rounds(*ratios)
+    assert one.over(other).word == word
+    assert other.over(one).word == {"faster": "slower", "slower": "faster"}.get(word, word)
+    assert one.over(other).median == pytest.approx(statistics.median(ratios))
+
+
+def test_an_interval_of_the_median_is_the_sign_tests():
+    one, other = rounds(*range(1, 102))
+    found = one.over(other)
+    assert (found.low, found.median, found.high) == pytest.approx(
+        (41, 51, 61)
+    )  # tables of the test
 
 
 def test_a_float64_network_is_given_float64():

@@ -14,7 +14,8 @@ Your own network and data:
 The map, in the order of reading: `spec`, `seeds` (ground); `masks`, `initialize`, `models`,
 `flops`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`, `engines`,
 `tickets`, `arms` (laboratory); `stats`, `study`, `store`, `execute` (studies); `tables`, `plots`,
-`page`, `cli` (outside).
+`page`, `exports`,
+`cli` (outside).
 """
 
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from windfall.data import load as load_data
 from windfall.data import tensors
 from windfall.execute import Interrupted
+from windfall.parcels import load_network
 from windfall.prune import Prune
 from windfall.runs import Run
 from windfall.settings import load as load_study
@@ -29,7 +31,7 @@ from windfall.spec import SpecError
 from windfall.store import Lab
 from windfall.study import Study
 from windfall.train import Recipe
-from windfall.verbs import Result, plan, report, run, show
+from windfall.verbs import Result, export, plan, report, run, show
 
 __version__ = version("windfall")
 
@@ -42,7 +44,9 @@ __all__ = [
     "Run",
     "SpecError",
     "Study",
+    "export",
     "load_data",
+    "load_network",
     "load_study",
     "plan",
     "report",

@@ -153,6 +153,33 @@ def report(
             print(f"Page: {result.report}")
 
 
+@app.command()
+def export(
+    which: Annotated[
+        str,
+        typer.Argument(metavar="RUN|STUDY", help="The beginning of an address, or whose winner."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="A .safetensors, .pt2 or .onnx file; no suffix: all of them."
+        ),
+    ],
+    set_: Set = None,
+    lab: LabFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's smaller network, proved equal and measured."""
+    with _told():
+        found = verbs.export(which, output, settings(set_), lab=lab)
+        if as_json:
+            _print_json(found.to_json())
+            return
+        from windfall import display
+
+        display.show(display.export(found.document))
+
+
 @data_app.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="mnist, fashion-mnist, cifar10, ...")],

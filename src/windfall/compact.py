@@ -326,14 +326,10 @@ def _sealed(
     network: nn.Module, input_shape: tuple[int, ...], groups: Sequence[Group], readers: Readers
 ) -> Sequence[Group]:
     """The groups that only their makers make and only their readers read."""
-    own = structure.given(network, _all(network)).double()
+    own = structure.given(network, structure.tensors(network)).double()
     if _is_sealed(own, input_shape, groups, readers):
         return groups
     return [group for group in groups if _is_sealed(own, input_shape, [group], readers)]
-
-
-def _all(network: nn.Module) -> Params:
-    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 def _is_sealed(
@@ -341,7 +337,9 @@ def _is_sealed(
 ) -> bool:
     """Whether random channels that are not read change nothing, and not made are constant."""
     stream = seeds.stream(0, "compact")
-    values = {name: tracing.drawn(tensor, stream) for name, tensor in _all(own).items()}
+    values = {
+        name: tracing.drawn(tensor, stream) for name, tensor in structure.tensors(own).items()
+    }
     some = {g.name: ~tracing.some(stream.random(g.size)) for g in groups}
     inputs = torch.from_numpy(stream.standard_normal((2, *input_shape)))
     unmade, unread, neither = dict(values), dict(values), dict(values)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -228,6 +229,81 @@ def _planned(document: Json) -> Table:
             f"{row['seconds_estimate']:,.{1 if row['seconds_estimate'] < 10 else 0}f}",
         )
     return table
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "-"
+    return (
+        f"{num_bytes / 2**20:,.2f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
+    )
+
+
+def _milliseconds(row: Json) -> str:
+    low, high = (1e3 * end for end in row["quartiles"])
+    return f"{1e3 * row['median']:.3g} ms [{low:.3g}, {high:.3g}]"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    return "-" if not before or after is None else f"{after / before:.3f}"
+
+
+def _pair(row: Json, told: Callable[[Any], str]) -> tuple[str, str, str]:
+    before, after = row["before"], row["after"]
+    return told(before), told(after), _ratio(before, after)
+
+
+def export(document: Json) -> RenderableType:
+    """What was written, what it was proved to be, and what it costs beside the dense network."""
+    run, memory = document["run"], document["memory"]
+    title = f"{run['model']}, level {run['level']}, seed {run['seed']}: run {run['address'][:12]}"
+    rounds = words.listed(str(row["num_rounds"]) for row in document["latency"])
+    caption = (
+        f"median [quartiles], of ratios [95 % interval]; {rounds} rounds in turn,"
+        f" {document['threads']} thread, CPU"
+    )
+    table = Table(title=Text(title), caption=Text(caption))
+    for column in ("", "dense", "exported", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("weights", *_pair(document["weights"], "{:,}".format))
+    table.add_row("FLOPs of an input", *_pair(document["flops"], "{:.2e}".format))
+    table.add_row("parameters and buffers", *_pair(memory["tensors"], _size))
+    for row in memory["activations"]:
+        table.add_row(f"most held in a pass of {row['batch_size']}", *_pair(row, _size))
+    for row in document["latency"]:
+        told = [_milliseconds(row[name]) for name in ("before", "after")]
+        low, high = row["ratio"]["interval"]
+        ratio = f"{row['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(f"a pass of {row['batch_size']}", *map(escape, (*told, ratio)))
+    return Group(table, *(Text(line) for line in _handed_over(document)), *_dim(document["notes"]))
+
+
+def _handed_over(document: Json) -> list[str]:
+    proofs = [
+        f"{row['format']}: loaded again, its outputs differ by at most {row['difference']:.1e}"
+        f" on {row['num_inputs']} inputs ({document['inputs']['from']})."
+        for row in document["proofs"]
+    ]
+    return [
+        _lost(document["channels"]),
+        *proofs,
+        *(f"Written: {path}" for path in document["files"]),
+    ]
+
+
+def _lost(groups: list[Json], most: int = 4) -> str:
+    lost = [row for row in groups if row["after"] < row["before"]]
+    if not lost:
+        return "Channels: all are kept."
+    if len(lost) <= most:
+        told = (f"{row['group']} {row['before']} -> {row['after']}" for row in lost)
+        return f"Channels: {', '.join(told)}."
+    before, after = (sum(row[side] for row in groups) for side in ("before", "after"))
+    return f"Channels: {before:,} -> {after:,}, in {len(lost)} of {len(groups)} groups."
+
+
+def _dim(notes: list[str]) -> list[Text]:
+    return [Text(f"Note: {note}", style="dim") for note in notes]
 
 
 def show(renderable: Any) -> None:

@@ -6,9 +6,11 @@ in one process, on the CPU, on one torch thread, in evaluation and inference mod
 
     found = measured({"before": whole, "after": smaller}, (1, 28, 28), (1, 64))
     found[64]["after"].median  # seconds of a forward pass of 64 inputs
+    found[64]["after"].over(found[64]["before"]).word  # faster, same or slower
 """
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from windfall import seeds
 
 ROUND_SECONDS = 2e-3  # of one network in a round, at least: a look at the clock takes 1e-7
-MIN_ROUNDS, MAX_ROUNDS = 11, 101  # quartiles of fewer say little; of more, no more
+MIN_ROUNDS, MAX_ROUNDS = 11, 101  # an interval of fewer says little; of more, no more
 LOG_LEVEL = "KINETO_LOG_LEVEL"  # the profiler's own, without which it writes to standard error
 
 
@@ -51,11 +53,41 @@ class Latency:
         low, _, high = statistics.quantiles(self.rounds, n=4, method="inclusive")
         return low, high
 
-    def against(self, other: "Latency") -> Literal["faster", "same", "slower"]:
-        """Whether the quartiles of one lie wholly below the other's; if not, they are the same."""
-        if self.quartiles[1] < other.quartiles[0]:
-            return "faster"
-        return "slower" if self.quartiles[0] > other.quartiles[1] else "same"
+    def over(self, other: "Latency") -> "Ratio":
+        """This one's seconds over another's of the same measurement, round by round."""
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        ratios = sorted(one / two for one, two in pairs)
+        depth = max(_depth(len(ratios)), 1)
+        return Ratio(statistics.median(ratios), ratios[depth - 1], ratios[-depth])
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one network takes as another.
+
+    Args:
+        median: over rounds.
+        low: of its 95 % interval, from the order of the rounds alone (the sign test's).
+        high: of the same.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def word(self) -> Literal["faster", "same", "slower"]:
+        """What the interval says of the one: the same where it holds 1."""
+        return "faster" if self.high < 1 else "slower" if self.low > 1 else "same"
+
+
+def _depth(count: int) -> int:
+    """The most k such that fewer than k of so many tosses are heads with probability 2.5 %."""
+    tail, depth = 1, 0
+    while tail <= 0.025 * 2**count:
+        depth += 1
+        tail += math.comb(count, depth)
+    return depth
 
 
 @contextmanager

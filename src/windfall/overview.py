@@ -12,11 +12,7 @@ _ROWS = ("arms", "verdicts", "comparisons", "failures")
 
 
 def combined(suite: Suite, documents: Mapping[str, Json]) -> Json:
-    """What a suite found: its cases' documents under `cases`, and their rows with a `case` each.
-
-    The winner is the best of the cases' winners by validation accuracy; None where the cases' data
-    differ, which no accuracy compares.
-    """
+    """What a suite found: its cases' documents under `cases`, and their rows with a `case` each."""
     rows = {name: Table(_named(documents, name)) for name in _ROWS}
     for row in rows["verdicts"]:
         row["margin"] = suite.cases[row["case"]].decided_margin
@@ -29,7 +25,7 @@ def combined(suite: Suite, documents: Mapping[str, Json]) -> Json:
         "flops": sum(record["flops"] for record in records.values()),
         "training_seconds": sum(record["seconds"] for record in records.values()),
         "estimate": None,
-        **_winner(suite, documents),
+        **winner(suite, documents),
     }
     document["answer"] = words.across(document["verdicts"], len(documents))
     return document
@@ -88,11 +84,15 @@ def _notes(documents: Mapping[str, Json]) -> list[str]:
     ]
 
 
-def _winner(suite: Suite, documents: Mapping[str, Json]) -> Json:
+def winner(suite: Suite, won: Mapping[str, Json]) -> Json:
+    """The best of the cases' winners by validation accuracy, as `tables.winner` tells one.
+
+    None where no case has one, or where the cases' data differ, which no accuracy compares.
+    """
     nothing: dict[str, Any] = {"winner": None, "winner_record": None}
-    won = [each for each in documents.values() if each["winner"] is not None]
+    found = [each for each in won.values() if each["winner"] is not None]
     same_data = len({study.data.address for study in suite.cases.values()}) == 1
-    if not won or not same_data:
+    if not found or not same_data:
         return nothing
-    best = max(won, key=lambda each: each["winner_record"]["validation_accuracy"])
+    best = max(found, key=lambda each: each["winner_record"]["validation_accuracy"])
     return {name: best[name] for name in nothing}

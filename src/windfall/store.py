@@ -307,6 +307,12 @@ class Lab:
         row = self._database.execute(query, (address,)).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def recalled(self, run: str) -> Json | None:
+        """What one of the studies consists of that a run belongs to; None if there is none."""
+        query = "SELECT graph FROM studies WHERE instr(graph, ?) LIMIT 1"
+        row = self._database.execute(query, (run,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
     # ---- tensors of a user's own ----
 
     def keep_data(self, data: Data) -> None:

@@ -144,7 +144,7 @@ def summary(plan: Json, lab: Lab) -> Json:
         "training_seconds": sum(record["seconds"] for record in records),
         "versions": versions[-1] if versions else {},
         "estimate": plan.get("estimate"),
-        **_winner(findings),
+        **winner(findings),
     }
     document["notes"] = words.notes(findings.plan, document, versions)
     document["answer"] = words.answer(findings.plan, document)
@@ -188,7 +188,7 @@ def _records(findings: Findings) -> list[Json]:
     return rows
 
 
-def _winner(findings: Findings) -> Json:
+def winner(findings: Findings) -> Json:
     """The pruned run of best validation accuracy at the level of the verdicts; ties: lower loss."""
     level = findings.plan["verdict_level"]
     found = [

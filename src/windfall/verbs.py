@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from windfall import costs, overview, tables
+from windfall import costs, exports, overview, tables
 from windfall.execute import Watch, execute, num_cores, pick_device
-from windfall.findings import Table
-from windfall.settings import key, load
-from windfall.spec import Json, SpecError
+from windfall.exports import Export
+from windfall.findings import Findings, Table
+from windfall.settings import bundled, key, load
+from windfall.spec import Json, SpecError, nearest
 from windfall.store import Lab, write_whole
 from windfall.study import Graph, Study, expand
 from windfall.suite import Suite
@@ -315,3 +316,62 @@ def report(
     begun = time.monotonic()
     chosen, plans, place = _from_lab(study, settings, lab)
     return _result(chosen, plans, place, begun, page=Path(output))
+
+
+def export(
+    which: Which,
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    lab: str | Path | None = None,
+) -> Export:
+    """Write a run's network, made smaller, proved equal and measured.
+
+    A network of your own is built by the function that the run names, as `run` does.
+
+    Args:
+        which: the beginning of a finished run's address; or a study, as in `run`, for its winner by
+            validation accuracy.
+        output: a file that ends in .safetensors, .pt2 or .onnx; without a suffix, all of them.
+        settings: as in `run`; not with an address.
+        lab: as in `run`.
+
+    Raises:
+        SpecError: when something given cannot be, or a format cannot say the network; no file is
+            left of it.
+    """
+    if isinstance(which, str) and not _names_study(which):
+        if settings:
+            raise SpecError(f"`--set` must come with a STUDY; got it with {which!r}.")
+        place = Lab(lab_folder(lab), readonly=True)
+        return exports.export(place, _address(place, which), output)
+    chosen, plans, place = _from_lab(which, settings, lab)
+    won = {case: tables.winner(Findings(plan, place)) for case, plan in plans.items()}
+    best = overview.winner(chosen, won) if isinstance(chosen, Suite) else won[""]
+    if best["winner"] is None:
+        raise SpecError(
+            f"STUDY must have a finished run at the level of its verdicts, and one data set;"
+            f" {chosen.name} has not. Run it, `windfall run {which}`, or name the RUN."
+        )
+    return exports.export(place, best["winner"], output)
+
+
+def _names_study(which: str) -> bool:
+    return which in bundled() or Path(which).suffix == ".toml"
+
+
+def _address(lab: Lab, prefix: str) -> str:
+    """The address of the one finished run that begins with a prefix."""
+    found = lab.matching(prefix) if prefix else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SpecError(
+            f"RUN must be the beginning of one run's address; {prefix!r} begins those of"
+            f" {len(found):,}: {', '.join(address[:12] for address in found[:5])}"
+            f"{', ...' if len(found) > 5 else ''}. Give more of it."
+        )
+    raise SpecError(
+        f"RUN must be the beginning of a finished run's address in the lab {lab.folder}, or the"
+        f" name or .toml file of a study; got {prefix!r}.{nearest(prefix, bundled())}"
+    )
