@@ -383,7 +383,7 @@ def test_a_file_that_computes_something_else_is_never_there(labs, tmp_path, monk
     torch.full((4, 10), 1.1e-5),
 ])  # fmt: skip
 def test_outputs_that_are_not_the_same_are_refused(outputs):
-    prove = exports._proof(torch.zeros(4, 3), torch.zeros(4, 10))
+    prove = exports._proof(torch.zeros(4, 3), torch.zeros(1 + 4, 10))
     with pytest.raises(SpecError, match=r"must give what the run's network does"):
         prove(".onnx", lambda inputs: outputs[: len(inputs)])
     told = prove(".onnx", lambda inputs: torch.full((len(inputs), 10), 0.9e-5))
@@ -436,6 +436,25 @@ def test_onnx_without_its_packages_is_left_out_of_all(labs, tmp_path, monkeypatc
     assert left(tmp_path) == ["net.json", "net.pt2", "net.safetensors"]
     assert [row["format"] for row in told["left_out"]] == [".onnx"]
     assert any("pip install 'windfall[onnx]'" in note for note in told["notes"])
+
+
+def test_a_format_that_fails_only_when_it_runs_is_not_made_either(tmp_path):
+    def refuse(*_):
+        raise formats.NotMade("no kernel for it")
+
+    one = formats.Format(".pt2", lambda *_: {".pt2": b"some"}, lambda *_: refuse)
+    prove = exports._proof(torch.zeros(4, 3), torch.zeros(1 + 4, 10))
+    everything = formats.Target(tmp_path / "net", (one,), is_open=True)
+    written = formats.write(everything, nn.Linear(3, 10), {}, None, prove)
+    assert (written.files, written.proved, written.left_out) == (
+        [],
+        {},
+        {".pt2": "no kernel for it"},
+    )
+    with pytest.raises(SpecError, match=r"\.pt2 cannot: no kernel for it\. Write"):
+        this = formats.Target(tmp_path / "net", (one,), is_open=False)
+        formats.write(this, nn.Linear(3, 10), {}, None, prove)
+    assert left(tmp_path) == []
 
 
 def exponential():

@@ -104,6 +104,18 @@ class Detached(nn.Module):
         return self.output(torch.relu(self.b(self.a(x).data)))
 
 
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.c.weight, self.d, self.output = self.b.weight, nn.Linear(8, 7), nn.Linear(7, 5)
+
+    def forward(self, x):
+        return self.output(self.d(torch.relu(self.c(torch.relu(self.b(self.a(x)))))))
+
+
 class Graphless(nn.Module):
     def __init__(self):
         super().__init__()
@@ -315,6 +327,7 @@ def test_a_channel_that_a_gate_multiplies_goes_with_the_gates():
     [
         (Shuffled, SMALL, ["b.weight"]),
         (Softmaxed, (6,), ["b.weight"]),
+        (Tied, (6,), ["d.weight"]),
         (Transformer, (3, 6), ["block.linear1.weight"]),
     ],
 )
@@ -341,6 +354,7 @@ def test_the_network_is_left_as_it_was():
         (Graphless, r"Graphless is not: no gradient reaches anything from its outputs"),
         (Detached, r"Detached is not: `a.weight` is used, but no gradient reaches it"),
         (lambda: nn.Sequential(nn.Linear(6, 5)), r"none of its layers has channels"),
+        (lambda: nn.Linear(6, 5), r"Linear is not: none of its layers has channels"),
     ],
 )
 def test_a_network_that_cannot_be_followed_is_refused_by_name(build, why):

@@ -112,7 +112,7 @@ def export(lab: Lab, address: str, output: str | Path) -> Export:
     smaller = structure.given(whole, found.tensors)
     document = _document(subject, whole, smaller, found)
     inputs = subject.inputs()
-    expected = _outputs(original, inputs)
+    expected = _expected(original, inputs)
     measured = _measured(whole, smaller, subject.input_shape)
     build = subject.build if isinstance(subject.run.model, UserModel) else None
     told = {**_told(subject, document), **measured}
@@ -178,8 +178,13 @@ def _smaller(subject: _Subject, whole: nn.Module) -> compact.Compacted:
 
 
 def _outputs(network: Compute, inputs: Tensor) -> Tensor:
+    """What a network computes of the first input alone, and of all at once."""
     with seeds.isolated(0, "export"), torch.no_grad():
-        outputs = network(inputs)
+        return torch.cat([network(inputs[:1]), network(inputs)])
+
+
+def _expected(network: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = _outputs(network, inputs)
     if not bool(torch.isfinite(outputs).all()):
         raise SpecError("RUN must have a network of finite outputs; got others. Name another run.")
     return outputs
@@ -190,15 +195,13 @@ def _proof(inputs: Tensor, expected: Tensor) -> Callable[[str, Compute], Json]:
     bound = TOLERANCE * max(1.0, float(expected.abs().max()))
 
     def prove(suffix: str, compute: Compute) -> Json:
-        with seeds.isolated(0, "export"), torch.no_grad():
-            outputs = torch.cat([compute(inputs[:1]), compute(inputs)])
-        wanted = torch.cat([expected[:1], expected])
-        if outputs.shape != wanted.shape or outputs.dtype != wanted.dtype:
+        outputs = _outputs(compute, inputs)
+        if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
             raise SpecError(
-                f"The {suffix} file must give what the run's network does, {wanted.dtype}"
-                f" {list(wanted.shape)}; got {outputs.dtype} {list(outputs.shape)}."
+                f"The {suffix} file must give what the run's network does, {expected.dtype}"
+                f" {list(expected.shape)}; got {outputs.dtype} {list(outputs.shape)}."
             )
-        difference = float((outputs - wanted).abs().max())
+        difference = float((outputs - expected).abs().max())
         if not difference <= bound:  # NaN is not
             raise SpecError(
                 f"The {suffix} file must give what the run's network does within {bound:.2g}; got a"

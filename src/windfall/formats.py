@@ -97,7 +97,7 @@ def _reason(problem: BaseException) -> str:
     while problem.__cause__ is not None:
         problem = problem.__cause__
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return f"{type(problem).__name__}: {lines[0] if lines else ''}"
+    return f"{type(problem).__name__}: {lines[0].rstrip('.') if lines else ''}"
 
 
 def _followed(network: nn.Module, document: Json) -> torch.export.ExportedProgram:
