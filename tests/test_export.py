@@ -14,10 +14,11 @@ from test_cli import call  # noqa: F401  a fixture
 from torch import nn
 
 import windfall
-from windfall import exports, formats, latency, parcels, structure, study, tables, verbs
+from windfall import exports, formats, latency, parcels, settings, structure, tables, tracing, verbs
 from windfall.runs import Run
 from windfall.spec import SpecError, digest
 from windfall.store import Lab
+from windfall.study import expand
 
 SHORT = {"steps": 6, "eval_every": 3}
 SPARSE = {"selection": {"hidden": 0.85, "convolution": 0.6, "output": 0.5}}
@@ -40,11 +41,11 @@ def labs(tmp_path_factory):
 
     def find(name, **changes):
         if name not in known:
-            settings = {"num_seeds": 1, "arms": ["dense", "ticket", "reinit"]}
-            settings |= STUDIES.get(name, {}) | changes
-            of = study.expand(small.study(**({"recipe": small.RECIPE | SHORT} | settings)))
+            changed = {"num_seeds": 1, "arms": ["dense", "ticket", "reinit"]}
+            changed |= STUDIES.get(name, {}) | changes
+            of = expand(small.study(**({"recipe": small.RECIPE | SHORT} | changed)))
             lab = small.trained(of, tmp_path_factory.mktemp(name) / "lab")
-            lab.remember(study.key(of.study), of.study.name, tables.outline(of))
+            lab.remember(settings.key(of.study), of.study.name, tables.outline(of))
             known[name] = of, lab
         return known[name]
 
@@ -250,8 +251,8 @@ def test_a_prefix_of_several_is_refused_and_names_them(labs, tmp_path, monkeypat
 def test_a_study_without_a_finished_winner_is_refused(tmp_path):
     of = small.graph(SHORT)
     lab = Lab(tmp_path / "lab")
-    lab.remember(study.key(of.study), of.study.name, tables.outline(of))
-    with pytest.raises(SpecError, match="STUDY must have a finished run at level 2"):
+    lab.remember(settings.key(of.study), of.study.name, tables.outline(of))
+    with pytest.raises(SpecError, match="STUDY must have a finished run at the level"):
         verbs.export(of.study, tmp_path / "a.safetensors", lab=lab.folder)
     lab.close()
 
@@ -624,7 +625,7 @@ def test_a_network_that_cannot_be_followed_is_exported_whole_and_says_so(
         raise SpecError("`model` must be a network whose channels can be followed")
 
     of, lab = labs("weights")
-    monkeypatch.setattr(structure, "trace", refused)
+    monkeypatch.setattr(tracing, "trace", refused)
     told = verbs.export(at(of, "ticket", 2), tmp_path / "net.safetensors", lab=lab.folder).to_json()
     assert told["weights"]["after"] == told["weights"]["before"]
     assert told["channels"] == []
