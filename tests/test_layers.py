@@ -12,8 +12,8 @@ import windfall
 # A module imports only from those before it; the list is the order of reading.
 LAYERS = {
     "ground": "spec, seeds, limits",
-    "mathematics": "masks, initialize, models, flops, structure, reconstruction, evidence, "
-    "filters, criteria, selection, adjust, prune",
+    "mathematics": "masks, initialize, models, flops, structure, architecture, reconstruction, "
+    "evidence, filters, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, train, runs, probes, engines, tickets, arms",
     "studies": "stats, study, states, store, worker, service, schedule, execute",
     "outside": "workload, trials, pace, costs, words, findings, tables, plots, page, display, "

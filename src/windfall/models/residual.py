@@ -4,8 +4,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from windfall.models.sizes import Width, check_images, scaled
-from windfall.spec import Spec
+from windfall.models.sizes import BlockStages, Width, check_images, staged
+from windfall.spec import Spec, later
 
 _CHANNELS = (16, 32, 64)  # of the three stages
 
@@ -22,14 +22,21 @@ def _shortcut(channels: int, wide: int, stride: int) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)).
 
-    def __init__(self, channels: int, wide: int, stride: int) -> None:
+    Args:
+        channels: of the inputs.
+        inner: between the convolutions.
+        wide: of the outputs.
+        stride: of the whole block.
+    """
+
+    def __init__(self, channels: int, inner: int, wide: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, wide, stride)
-        self.norm1 = nn.BatchNorm2d(wide)
+        self.conv1 = _conv(channels, inner, stride)
+        self.norm1 = nn.BatchNorm2d(inner)
         self.relu1 = nn.ReLU()
-        self.conv2 = _conv(wide, wide)
+        self.conv2 = _conv(inner, wide)
         self.norm2 = nn.BatchNorm2d(wide)
         self.shortcut = _shortcut(channels, wide, stride)
         self.relu2 = nn.ReLU()
@@ -39,10 +46,10 @@ class _Block(nn.Module):
         return self.relu2(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
 
 
-def _stage(channels: int, wide: int, length: int, stride: int) -> nn.Module:
-    blocks = {"block1": _Block(channels, wide, stride)}
+def _stage(channels: int, inner: int, wide: int, length: int, stride: int) -> nn.Module:
+    blocks = {"block1": _Block(channels, inner, wide, stride)}
     for index in range(2, length + 1):
-        blocks[f"block{index}"] = _Block(wide, wide, stride=1)
+        blocks[f"block{index}"] = _Block(wide, inner, wide, stride=1)
     return nn.Sequential(OrderedDict(blocks))
 
 
@@ -53,15 +60,17 @@ def _resnet(
     num_classes: int,
 ) -> nn.Module:
     check_images(model, input_shape, len(_CHANNELS) - 1)
-    channels = scaled(_CHANNELS[0], model.width)
+    channels = staged(_CHANNELS[0], model.width, model.shared, 0)
     parts: dict[str, nn.Module] = {
         "conv1": _conv(input_shape[0], channels),
         "norm1": nn.BatchNorm2d(channels),
         "relu1": nn.ReLU(),
     }
-    for stage, size in enumerate(_CHANNELS, start=1):
-        wide = scaled(size, model.width)
-        parts[f"stage{stage}"] = _stage(channels, wide, length, stride=1 if stage == 1 else 2)
+    for stage, size in enumerate(_CHANNELS):
+        inner = staged(size, model.width, model.stages, stage)
+        wide = staged(size, model.width, model.shared, stage)
+        stride = 1 if stage == 0 else 2
+        parts[f"stage{stage + 1}"] = _stage(channels, inner, wide, length, stride)
         channels = wide
     parts["mean"] = nn.AdaptiveAvgPool2d(1)
     parts["flatten"] = nn.Flatten()
@@ -78,9 +87,17 @@ class Resnet_20(Spec):
 
     Source: He et al. 2016 (1512.03385), section 4.2, with the shortcuts B of section 4.1;
     1803.03635, Fig. 2 and section 4, which calls it Resnet-18.
+
+    Args:
+        width: factor on all channels.
+        stages: three factors on each stage's channels inside its blocks, those between two
+            convolutions, beside the width; None is 1 for all.
+        shared: the same on the channels that a stage's blocks add to.
     """
 
     width: Width = 1.0
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -94,6 +111,8 @@ class Resnet_56(Spec):
     """
 
     width: Width = 1.0
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -107,6 +126,8 @@ class Resnet_110(Spec):
     """
 
     width: Width = 1.0
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
