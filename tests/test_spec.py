@@ -49,6 +49,8 @@ REQUIRED = {
     "pruned": {"parent": "0" * 64, "level": 1},
     "tensors": {"sha256": "1" * 64, "num_classes": 2},
     "user-data": {"callable": "package.module:load"},
+    "guided": {"stages": (0.5, 0.25, 1.0)},
+    "transferred": {"stages": (0.5, 0.25, 1.0)},
     "user-model": {"callable": "package:make", "source": "s", "parameters": {"w": (2, 3)}},
 }
 MEMBERS = [
@@ -266,6 +268,12 @@ GOLDEN = {
     ),
     "b2b6523e6366544a2423a6b30fe4ede270c539662090eadd3424205c3f9b4c28": DENSE.model_copy(
         update={"recipe": train.Recipe(penalty=train.ScalePenalty())}
+    ),
+    "2383a548036f6bc987c07dd815e00c5eb7e790d1591def735235024094cc73fa": DENSE.model_copy(
+        update={"model": models.Vgg_16(stages=(1, 0.5, 0.25, 0.75, 0.125)), "start": THETA}
+    ),
+    "29560e529a9b88ec52ded45badcc8ce31a10ce826a19fe3e183c7accfa9a51b6": DENSE.model_copy(
+        update={"model": models.Resnet_56(stages=(1, 0.5, 0.25), shared=(0.5, 1, 1))}
     ),
 }
 
