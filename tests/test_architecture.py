@@ -202,9 +202,16 @@ def test_a_pattern_of_weights_counts_each_position_of_the_kernels():
 
 def test_layers_have_their_stage_and_what_is_kept():
     channels = {"conv1.weight": some(64, 16, 0), "conv3.weight": some(256, 64, 1)}
-    found = architecture.of_layers(models.Vgg_11(), channels)
-    assert found == {"conv1.weight": (0, 0.25), "conv3.weight": (2, 0.25)}
-    assert architecture.of_layers(models.Resnet_20(), {"conv1.weight": some(16, 8, 0)}) == {}
+    found = architecture.of_layers(models.Vgg_11(), channels, "channels")
+    assert found == {"conv1.weight": (0, False, 0.25), "conv3.weight": (2, False, 0.25)}
+    first = {"conv1.weight": some(16, 8, 0), "stage2.block1.conv2.weight": some(32, 8, 0)}
+    assert architecture.of_layers(models.Resnet_20(), first, "channels") == {
+        "conv1.weight": (0, True, 0.5),
+        "stage2.block1.conv2.weight": (1, True, 0.25),
+    }
+    assert architecture.of_layers(models.Resnet_20(), first, "weights") == {
+        "stage2.block1.conv2.weight": (1, False, 0.25)
+    }
 
 
 def test_a_network_without_stages_has_no_pattern():

@@ -16,8 +16,8 @@ LAYERS = {
     "evidence, filters, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, train, runs, probes, engines, tickets, arms",
     "studies": "stats, study, states, store, worker, service, schedule, execute",
-    "outside": "workload, trials, pace, costs, words, findings, tables, plots, page, display, "
-    "bench, verbs, cli",
+    "outside": "workload, trials, pace, costs, words, findings, patterns, tables, plots, page, "
+    "display, bench, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

@@ -9,11 +9,11 @@ can be built with it, and beside it one that is as large and has the same width 
     uniform(Vgg_19(), num_parameters(model, (3, 32, 32), 100), (3, 32, 32), 100).model
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from windfall.structure import Unit
 
 Ratios = tuple[float, ...]  # of each stage, what is kept of it
 Kernel = tuple[tuple[float, ...], ...]
+_counted: dict[tuple[Model, tuple[int, ...], int], int] = {}  # every seed of a study asks again
 GRID = 10_000  # widths are multiples of 1 / GRID: finer than a channel of any network here
 
 
@@ -132,15 +133,36 @@ def of_masks(model: Model, networks: Iterable[Masks]) -> Pattern:
     return Pattern("weights", tuple(kept), kernels=tuple(map(_mean_kernel, by_stage)))
 
 
-def of_layers(model: Model, masks: Masks) -> dict[str, tuple[int, float]]:
-    """The stage and the fraction kept of every layer, or group of channels, that is in a stage."""
+class Layer(NamedTuple):
+    """What stays of a layer, or of a group of channels.
+
+    Args:
+        stage: that it is in, from 0.
+        is_shared: the channels are those that the stage's blocks add to.
+        kept: the fraction.
+    """
+
+    stage: int
+    is_shared: bool
+    kept: float
+
+
+def of_layers(model: Model, masks: Masks, unit: Unit) -> dict[str, Layer]:
+    """What stays of every layer, or group of channels, that is in a stage.
+
+    Args:
+        model: which was pruned.
+        masks: of its weights, or of its groups of channels.
+        unit: which of the two.
+    """
     whole = check_staged(model)
-    found = {name: stages.stage(whole, name) for name in masks}
-    return {
-        name: (index, float(masks[name].double().mean()))
-        for name, index in found.items()
-        if index is not None
-    }
+    found: dict[str, Layer] = {}
+    for name, mask in masks.items():
+        shared = stages.shared_stage(whole, name) if unit == "channels" else None
+        own = stages.stage(whole, name) if shared is None else shared
+        if own is not None:
+            found[name] = Layer(own, shared is not None, float(mask.double().mean()))
+    return found
 
 
 def _kept(
@@ -212,15 +234,16 @@ class Uniform:
         return self.num_parameters - self.wanted
 
 
-@functools.cache
 def num_parameters(model: Model, input_shape: tuple[int, ...], num_classes: int) -> int:
     """The number of parameters of a network: weights, biases, normalization; no statistics."""
-    with torch.device("meta"):
-        module = model.build(input_shape, num_classes)
-    return sum(param.numel() for param in module.parameters())
+    place = model, input_shape, num_classes
+    if place not in _counted:
+        with torch.device("meta"):
+            module = model.build(input_shape, num_classes)
+        _counted[place] = sum(param.numel() for param in module.parameters())
+    return _counted[place]
 
 
-@functools.cache
 def uniform(model: Model, wanted: int, input_shape: tuple[int, ...], num_classes: int) -> Uniform:
     """The network of one width, whose number of parameters is nearest; of two, the smaller.
 

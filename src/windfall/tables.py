@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from windfall import stats, words
+from windfall import patterns, stats, words
 from windfall.architecture import num_parameters
 from windfall.arms import DESIGNS
 from windfall.findings import Findings
@@ -161,6 +161,7 @@ def summary(plan: Json, lab: Lab) -> Json:
         "curves": curves(findings),
         "layers": layers(findings),
         "pictures": pictures(findings),
+        "pattern": patterns.pattern(findings) if patterns.is_known(findings) else None,
         "records": records,
         "flops": sum(record["flops"] for record in records),
         "training_seconds": sum(record["seconds"] for record in records),

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from windfall import costs, tables
+from windfall import costs, patterns, tables
 from windfall import study as studies
 from windfall.execute import Watch, execute, num_cores, pick_device
-from windfall.findings import Table
+from windfall.findings import Findings, Table
 from windfall.spec import Json, SpecError
 from windfall.store import Lab, write_whole
 from windfall.study import Study
@@ -233,6 +233,23 @@ def show(
     begun = time.monotonic()
     found, place = _from_lab(study, settings, lab)
     return _result(found, place, {}, begun)
+
+
+def pattern(
+    study: Which, settings: Settings | None = None, *, lab: str | Path | None = None
+) -> Json:
+    """How much of each stage a study's pruned networks keep, from the lab alone.
+
+    Args:
+        study: as in `run`.
+        settings: as in `run`.
+        lab: as in `run`.
+
+    Returns:
+        The study's name and what `patterns.pattern` tells.
+    """
+    found, place = _from_lab(study, settings, lab)
+    return {"study": found["study"]["name"], **patterns.pattern(Findings(found, place))}
 
 
 def report(
