@@ -1,5 +1,6 @@
 """From pruned networks to designed ones: the pattern of a study, and a study of its design."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,9 @@ from windfall import architecture, costs, flops, models, page, patterns, schedul
 from windfall import study as studies
 from windfall.cli import app
 from windfall.findings import Findings
+from windfall.pace import Pace
 from windfall.spec import SpecError
+from windfall.store import Lab
 from windfall.study import expand
 from windfall.train import ScalePenalty
 
@@ -164,6 +167,33 @@ def test_a_designs_costs_are_those_of_its_own_network(designed):
     typical = costs.Costs(graph, choices, {})
     each = {n.arm: typical.typical(n.address) for n in graph.nodes}
     assert each["guided"] < each["dense"]
+
+
+class Anything(dict):
+    """A pace at which a unit of any work takes a second."""
+
+    def get(self, *_):
+        return 1.0
+
+
+def test_a_design_is_predicted_to_take_what_it_does_as_a_studys_own_network(designed):
+    pace = Pace(0.0, Anything(), {"separate": Anything(), "sparse": Anything()})
+    pace = dataclasses.replace(pace, start={"separate": 0.0, "sparse": 0.0})
+    here = costs.Predictor(designed, pace)
+    seconds = {n.arm: here.seconds(n.address, "separate") for n in designed.nodes}
+    for arm in ("guided", "uniform-width"):
+        run = next(designed.runs[n.address] for n in designed.nodes if n.arm == arm)
+        alone = expand(study(run.model.to_json(), arms=["dense"]))
+        own = costs.Predictor(alone, pace).seconds(alone.nodes[0].address, "separate")
+        assert seconds[arm] == own != seconds["dense"]
+
+
+def test_the_seeds_of_a_design_are_trained_together(tmp_path):
+    graph = expand(study({"kind": "vgg-13", "width": 0.0625}, arms=DESIGN, engine="stacked"))
+    queue = schedule.Queue(graph, Lab(tmp_path / "lab"), schedule.engines(graph, "cpu"))
+    for arm in ("dense", "guided", "uniform-width"):
+        unit = tuple(n.address for n in graph.nodes if n.arm == arm)
+        assert [queue.together[address] for address in unit] == [unit] * 2
 
 
 def test_one_width_is_compared_at_the_designs_number_of_parameters(designed):

@@ -12,9 +12,9 @@ Your own network and data:
     windfall.run(study)
 
 The map, in the order of reading: `spec`, `seeds` (ground); `masks`, `initialize`, `models`,
-`flops`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`, `engines`,
-`tickets`, `arms` (laboratory); `stats`, `study`, `store`, `execute` (studies); `tables`, `plots`,
-`page`, `cli` (outside).
+`flops`, `architecture`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`,
+`engines`, `tickets`, `arms` (laboratory); `stats`, `study`, `store`, `execute` (studies); `tables`,
+`plots`, `page`, `cli` (outside).
 """
 
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from windfall.store import Lab
 from windfall.study import Study
 from windfall.study import load as load_study
 from windfall.train import Recipe
-from windfall.verbs import Result, plan, report, run, show
+from windfall.verbs import Result, pattern, plan, report, run, show
 
 __version__ = version("windfall")
 
@@ -44,6 +44,7 @@ __all__ = [
     "Study",
     "load_data",
     "load_study",
+    "pattern",
     "plan",
     "report",
     "run",
