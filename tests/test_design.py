@@ -210,6 +210,8 @@ def test_designs_are_refused_before_training_where_they_do_not_fit():
         studies.checked(lambda: small.study(arms=DESIGN))
     with pytest.raises(SpecError, match=r"`arms.guided` must fit .* must have 3 factors"):
         studies.checked(lambda: small.study(model="resnet-20", arms=DESIGN))
+    with pytest.raises(SpecError, match=r"`arms.uniform-width` must fit .* got mlp"):
+        studies.checked(lambda: small.study(arms=[{"kind": "uniform-width", "stages": [1.0]}]))
     with pytest.raises(SpecError, match=r"`arms` must have one design, .*; got 0"):
         studies.checked(lambda: small.study(model="resnet-20", arms=["uniform-width"]))
 

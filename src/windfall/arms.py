@@ -307,10 +307,14 @@ class UniformWidth(Spec):
     stages: Ratios | None = None
     shared: Ratios | None = None
 
+    def design(self, model: Model) -> Model:
+        """The network that it is as large as, from the study's."""
+        assert self.stages is not None
+        return architecture.guided(model, self.stages, self.shared)
+
     def run(self, family: Family, level: int) -> str:  # noqa: ARG002  the family's signature
         """The run's address, the same at every level."""
-        assert self.stages is not None
-        design = architecture.guided(family.base.model, self.stages, self.shared)
+        design = self.design(family.base.model)
         place = family.input_shape, family.num_classes
         wanted = architecture.num_parameters(design, *place)
         return family.designed(architecture.uniform(design, wanted, *place).model)

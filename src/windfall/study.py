@@ -33,12 +33,10 @@ from windfall.arms import (
     Design,
     Family,
     Finetune,
-    Guided,
     Random,
     Reinit,
     Rewind,
     Ticket,
-    Transferred,
     sized,
 )
 from windfall.data import Data, Dataset, UserData, tensors
@@ -138,7 +136,7 @@ class Study(Spec):
         for arm in self.arms:
             if isinstance(arm, Rewind):
                 _fits(arm.to, self.recipe.steps)
-            if isinstance(arm, Guided | Transferred):
+            if isinstance(arm, Design):
                 _fits_stages(arm, self.model)
         if self.metric == "mask_overlap" and "ticket" not in kinds:
             raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
@@ -187,7 +185,7 @@ def _fits(to: pruning.Rewind, steps: int) -> None:
     raise ValueError(f"`arms.rewind.to.{problem}")
 
 
-def _fits_stages(arm: Guided | Transferred, model: Model) -> None:
+def _fits_stages(arm: Design, model: Model) -> None:
     try:
         arm.design(model)
     except SpecError as problem:
