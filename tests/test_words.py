@@ -60,9 +60,11 @@ def test_a_designs_verdict_is_a_sentence_of_its_own():
     ]
     assert words.answer(PLAN, document(*rows)) == [
         "With as many parameters, the widths that pruning found for each stage are no better than"
-        " one width for the whole network: guided - uniform-width -0.20 pp [-1.20, +0.80], n = 5.",
+        " one width for the whole network.",
+        "In numbers: guided - uniform-width -0.20 pp [-1.20, +0.80], n = 5.",
         "With as many parameters, the widths found elsewhere are better than one width for the"
-        " whole network: transferred - uniform-width +2.00 pp [+1.00, +3.00], n = 5.",
+        " whole network.",
+        "In numbers: transferred - uniform-width +2.00 pp [+1.00, +3.00], n = 5.",
     ]
 
 

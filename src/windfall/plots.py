@@ -327,7 +327,7 @@ def kernels(stages: Table, *, width_inches: float = WIDE) -> Figure:
         axes.imshow(values, cmap=_FADE, vmin=0, vmax=top or 1, interpolation="none")
         axes.set_title(f"Stage {row['stage']}")
         for place, value in np.ndenumerate(values):
-            is_dark = value > 0.6 * top
+            is_dark = value > 0.8 * top
             color = COLORS["paper" if is_dark else "ink"]
             told = {"ha": "center", "va": "center_baseline", "fontsize": 7, "color": color}
             axes.text(place[1], place[0], f"{100 * value:.3g}", **told)

@@ -132,12 +132,15 @@ def _designs(rows: dict[str, Json]) -> list[str]:
         "undecided": "may or may not be better than one width for the whole network",
     }
     where = {"guided": "that pruning found for each stage", "transferred": "found elsewhere"}
-    return [
-        f"With as many parameters, the widths {which} {told[rows[effect]['verdict']]}:"
-        f" {_compares(rows[effect])} {_what_more(rows[effect])}."
-        for effect, which in where.items()
-        if effect in rows
-    ]
+    chosen = {effect: rows[effect] for effect in where if effect in rows}
+    sentences = (
+        (
+            f"With as many parameters, the widths {where[effect]} {told[row['verdict']]}.",
+            f"In numbers: {_compares(row)} {_what_more(row)}.",
+        )
+        for effect, row in chosen.items()
+    )
+    return [sentence for pair in sentences for sentence in pair]
 
 
 def _compares(row: Json) -> str:
