@@ -6,17 +6,20 @@ import json
 import pytest
 import small
 import torch
+from torch.func import functional_call
 from typer.testing import CliRunner
 
 from windfall import architecture, costs, flops, models, page, patterns, schedule, tables, verbs
 from windfall import study as studies
 from windfall.cli import app
 from windfall.findings import Findings
+from windfall.initialize import GlorotNormal, initial_parameters
 from windfall.pace import Pace
 from windfall.spec import SpecError
 from windfall.store import Lab
 from windfall.study import expand
 from windfall.train import ScalePenalty
+from windfall.worker import Workshop
 
 SHORT = {"steps": 4, "eval_every": 2, "learning_rate": 1e-3}
 SHAPE = (1, 16, 16)
@@ -217,6 +220,25 @@ def test_designs_are_refused_before_training_where_they_do_not_fit():
 
 
 # -- from the one to the other ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_design_begins_as_its_own_network_newly_initialized(designed, tmp_path):
+    lab = small.trained(designed, tmp_path / "lab")
+    for node in (n for n in designed.nodes if n.arm != "dense"):
+        run, record = designed.runs[node.address], lab.record(node.address)
+        module = run.model.build(SHAPE, 10)
+        params, _ = initial_parameters(lambda m=module: m, GlorotNormal(), node.seed, "reinit")
+        begun, ended = Workshop(lab, "cpu").beginning(run), lab.weights(node.address)
+        assert all(torch.equal(begun.params[name], value) for name, value in params.items())
+        assert (begun.step, begun.masks, begun.channels, ended.masks) == (0, {}, {}, {})
+        assert record.kept == -1
+        data = Workshop(lab, "cpu").data(run)
+        inputs = data.prepare(data.test.inputs, torch.float32)
+        with torch.no_grad():
+            made = functional_call(module.eval(), ended.params | ended.buffers, (inputs,))
+        correct = (made.argmax(1) == data.test.labels).double().mean()
+        assert record.evaluations[-1].test_accuracy == pytest.approx(float(correct))
 
 
 @pytest.mark.slow
