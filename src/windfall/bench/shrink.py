@@ -40,11 +40,11 @@ def _drawn(model: Model) -> nn.Module:
     """A network in evaluation whose normalizations are not the identity."""
     with seeds.isolated(0, "shrink"):
         network = model.build(CIFAR, NUM_CLASSES).eval()
-        for part in network.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                for value in (part.weight, part.bias, part.running_mean, part.running_var):
-                    assert value is not None
-                    nn.init.uniform_(value, 0.5, 1.5)
+    stream = seeds.stream(0, "shrink")
+    for name, tensor in _tensors(network).items():
+        if tensor.dim() == 1 and not name.startswith("output"):
+            drawn = stream.uniform(0.5, 1.5, len(tensor)).astype(np.float32)
+            tensor.data.copy_(torch.from_numpy(drawn))
     return network
 
 
