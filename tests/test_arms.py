@@ -4,14 +4,16 @@ import itertools
 
 import pytest
 
-from windfall import spec
+from windfall import architecture, spec
 from windfall.arms import (
+    DESIGNS,
     EFFECTS,
     SHIFT,
     Arm,
     Dense,
     Family,
     Finetune,
+    Guided,
     OtherInit,
     OtherOrder,
     Random,
@@ -19,19 +21,23 @@ from windfall.arms import (
     Rewind,
     Shuffled,
     Ticket,
+    Transferred,
+    UniformWidth,
+    sized,
 )
 from windfall.data import Digits
 from windfall.initialize import KaimingNormal
-from windfall.models import Mlp
+from windfall.models import Vgg_11, Vgg_13
 from windfall.prune import Continue, LearningRate, Prune, ToStep
 from windfall.runs import Budget, Fresh, Pruned, Run
 from windfall.selection import Layerwise
+from windfall.sparsity import ScalePenalty
 from windfall.spec import SpecError
 from windfall.train import Recipe
 
 STEPS = 400
 BASE = Run(
-    model=Mlp(),
+    model=Vgg_11(width=0.1),
     data=Digits(),
     data_sha256="0" * 64,
     recipe=Recipe(steps=STEPS, eval_every=10),
@@ -42,13 +48,23 @@ SEED = 3
 THETA_0 = Fresh(initialization=KaimingNormal(), stream="init")
 FRESH = Fresh(initialization=KaimingNormal(), stream="reinit")
 BUDGETED = FRESH.model_copy(update={"budget": Budget()})
-ARMS = [member() for member in spec.members(Arm).values()]
+STAGES = (1.0, 0.5, 0.5, 0.25, 0.5)
+REQUIRED = {name: {"stages": STAGES} for name in DESIGNS}
+ARMS = [member(**REQUIRED.get(name, {})) for name, member in spec.members(Arm).items()]
 CHAINS = (Ticket(), Rewind(), OtherOrder(), OtherInit())
 CONTROLS = (Reinit(), Shuffled(), Random())
 
 
 def family(seed=SEED, *, one_shot=False, base=BASE):
-    return Family(base, PRUNE, KaimingNormal(), seed, one_shot=one_shot)
+    return Family(
+        base,
+        PRUNE,
+        KaimingNormal(),
+        seed,
+        one_shot=one_shot,
+        input_shape=(3, 16, 16),
+        num_classes=10,
+    )
 
 
 def run_of(arm, level, of=None):
@@ -89,8 +105,8 @@ TABLE = {
 }
 
 
-def test_the_table_names_every_arm_but_the_dense_one():
-    assert {*TABLE, "dense"} == spec.members(Arm).keys()
+def test_the_table_names_every_arm_that_is_pruned():
+    assert {*TABLE, *DESIGNS, "dense"} == spec.members(Arm).keys()
 
 
 @pytest.mark.parametrize("level", [1, 2, 5])
@@ -140,16 +156,16 @@ class TestEveryArm:
         addresses = {arm.run(family(seed), 2) for seed in range(5)}
         assert len(addresses) == 5
 
-    def test_every_level_is_another_run_but_the_dense_ones(self, arm):
+    def test_every_level_is_another_run_where_it_is_pruned(self, arm):
         of = family()
         addresses = {arm.run(of, level) for level in range(1, 6)}
-        assert len(addresses) == (1 if isinstance(arm, Dense) else 5)
+        assert len(addresses) == (1 if name_of(arm) in ("dense", *DESIGNS) else 5)
 
     def test_in_one_shot_every_level_is_pruned_from_the_dense_run(self, arm):
         of = family(one_shot=True)
         for level in (1, 2, 3):
             run = run_of(arm, level, of)
-            if not isinstance(arm, Dense):
+            if name_of(arm) not in ("dense", *DESIGNS):
                 assert of.runs[run.parent].parent is None
                 assert run.start.level == level
 
@@ -259,8 +275,60 @@ def test_nothing_is_made_twice():
         for arm, level in itertools.product(ARMS, (1, 2, 3)):
             arm.run(of, level)
     # Three dense runs, four chains of three levels, and seven arms on the ticket's masks:
-    # scratch-e is reinit.
-    assert len(of.runs) == 3 + 4 * 3 + 7 * 3
+    # scratch-e is reinit. The two designs are one.
+    assert len(of.runs) == 3 + 4 * 3 + 7 * 3 + 2
+
+
+# -- designs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", [Guided(stages=STAGES), Transferred(stages=STAGES)], ids=name_of)
+def test_a_design_is_the_studys_network_with_its_stages_from_theta_0_prime(arm):
+    run = run_of(arm, 3)
+    model = Vgg_11(width=0.1, stages=STAGES)
+    assert run == BASE.model_copy(update={"model": model, "start": FRESH, "seed": SEED})
+    assert run.clock == (0, STEPS)
+
+
+def test_one_width_has_the_parameters_of_the_design_as_nearly_as_channels_allow():
+    run = run_of(UniformWidth(stages=STAGES), 1)
+    assert run.model.stages is None
+    assert run == BASE.model_copy(update={"model": run.model, "start": FRESH, "seed": SEED})
+    of = (3, 16, 16), 10
+    wanted = architecture.num_parameters(Vgg_11(width=0.1, stages=STAGES), *of)
+    assert run.model == architecture.uniform(Vgg_11(), wanted, *of).model
+
+
+def test_designs_are_trained_without_the_dense_runs_penalty():
+    recipe = BASE.recipe.model_copy(update={"penalty": ScalePenalty()})
+    base = BASE.model_copy(update={"recipe": recipe})
+    assert run_of(Dense(), 1, family(base=base)).recipe.penalty == ScalePenalty()
+    assert run_of(Guided(stages=STAGES), 1, family(base=base)).recipe == BASE.recipe
+
+
+def test_one_width_is_as_large_as_the_studys_design():
+    others = (0.5,) * 5
+    plain = UniformWidth()
+    for design in (Guided(stages=STAGES), Transferred(stages=STAGES)):
+        assert sized((design, plain)) == (design, UniformWidth(stages=STAGES))
+    both = (Guided(stages=STAGES), Transferred(stages=STAGES))
+    assert sized((*both, plain))[2] == UniformWidth(stages=STAGES)
+    given = (Dense(), UniformWidth(stages=others))
+    assert sized(given) == given
+    for refused, number in (
+        ((plain,), 0),
+        ((Guided(stages=STAGES), Transferred(stages=others), plain), 2),
+        ((Guided(stages=STAGES), UniformWidth(stages=others)), 2),
+    ):
+        with pytest.raises(ValueError, match=f"one design.*`uniform-width` has; got {number}"):
+            sized(refused)
+
+
+def test_a_design_of_another_depth_has_its_own_layers():
+    base = BASE.model_copy(update={"model": Vgg_13(width=0.1)})
+    assert run_of(Guided(stages=STAGES), 1, family(base=base)).model == Vgg_13(
+        width=0.1, stages=STAGES
+    )
 
 
 # -- effects and settings ---------------------------------------------------------------------
@@ -281,6 +349,8 @@ def test_effects_are_the_comparisons_of_the_design():
         "connectivity": ("reinit", "shuffled"),
         "allocation": ("shuffled", "random"),
         "architecture": ("reinit", "random"),
+        "guided": ("guided", "uniform-width"),
+        "transferred": ("transferred", "uniform-width"),
         "rewinding": ("rewind", "ticket"),
         "same-init": ("other-order", "other-init"),
         "above-chance": ("other-init", "chance"),
@@ -305,6 +375,8 @@ def test_effects_compare_known_arms():
         ({"kind": "finetune", "replay": 3}, "`replay` must be a valid boolean"),
         ({"kind": "rewind", "to": "nowhere"}, "`to` must be one of the known names"),
         ({"kind": "rewind", "to": {"step": -1}}, "`to.step` must be greater than or equal to 0"),
+        ("guided", "`stages` must be given"),
+        ({"kind": "guided", "stages": [1, 0]}, "`stages.1` must be greater than 0; got 0"),
         ({"kind": "ticket", "level": 3}, "Has no field `level`"),
     ],
 )

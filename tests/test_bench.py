@@ -14,7 +14,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from windfall import bench
-from windfall.bench import overhead, plain, process, replicas, roofline, step, study, teams
+from windfall.bench import (
+    overhead,
+    plain,
+    process,
+    replicas,
+    roofline,
+    shrink,
+    step,
+    study,
+    teams,
+)
 from windfall.bench.crew import Crew, elapsed_seconds
 from windfall.bench.networks import NETWORKS, Network, chosen, images
 from windfall.bench.teams import Team
@@ -459,6 +469,38 @@ def test_the_break_even_is_where_the_times_cross(layers):
     assert layers.break_even(rows((1.0, 0.5), (0.5, 0.9))) == {"a": None}
 
 
+# -- shrink ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shrink.SHRUNK)
+def test_a_smaller_network_is_that_of_torch_pruning_for_the_same_channels(name):
+    result = shrink.measure(networks=(name,), batch_sizes=(1, 2), rounds=3, lap_seconds=1e-6,
+                            width=0.25)  # fmt: skip
+    assert [row["batch_size"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        macs, sizes = row["multiply_adds"], row["num_parameters"]
+        assert macs["windfall"] == macs["torch-pruning"] < macs["whole"]
+        assert sizes["windfall"] == sizes["torch-pruning"] < sizes["whole"]
+        assert row["flop_ratio"] == macs["whole"] / macs["windfall"]
+        assert row["output_difference"] < 1e-5
+        times = row["milliseconds"]
+        assert all(0 < t["lower"] <= t["median"] <= t["upper"] for t in times.values())
+    check(result, name, f"{result['rows'][1]['flop_ratio']:.2f}")
+
+
+def test_networks_of_other_shapes_are_not_compared():
+    one, other = (torch.nn.Conv2d(3, channels, 3) for channels in (4, 5))
+    with pytest.raises(RuntimeError, match="differ in shape: weight, bias"):
+        shrink._check_equal(one, other)
+
+
+def test_the_interval_of_a_median_is_of_order_statistics():
+    found = shrink.median_interval([float(i) for i in range(1, 22)], [1.0] * 21)
+    assert found == {"median": 11.0, "interval": [6.0, 16.0]}  # Conover 1999, table A3, n = 21
+    assert shrink.median_interval([1.0, 4.0], [2.0, 2.0]) == {"median": 1.25, "interval": [0.5, 2]}
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -473,6 +515,9 @@ def test_the_break_even_is_where_the_times_cross(layers):
         ("step", {"networks": ("lenet",)}, "`networks` must be of known names; got 'lenet'"),
         ("replicas", {"counts": (2, 0)}, "`counts` must be at least 1; got 0."),
         ("process", {"num_steps": 0}, "`num_steps` must be at least 1; got 0."),
+        ("shrink", {"rounds": 1}, "`rounds` must be at least 2; got 1."),
+        ("shrink", {"removed": 1.0}, r"`removed` must lie in \(0, 1\); got 1.0."),
+        ("shrink", {"networks": ("vgg",)}, "`networks` must be of known names; got 'vgg'.*vgg-16"),
     ],
 )
 def test_too_little_to_measure_is_refused(name, settings, message):

@@ -37,7 +37,13 @@ BY_HAND = [
     (nn.Conv2d(4, 8, 3, groups=2), (4, 5, 5), (2 * 8 * 9) * 9),
     (nn.Conv2d(4, 4, 3, groups=4), (4, 5, 5), (4 * 9) * 9),
     (nn.Conv3d(1, 2, 2), (1, 3, 3, 3), 16 * 8),
+    (nn.Conv1d(4, 6, 3, groups=2), (4, 9), (2 * 6 * 3) * 7),
+    (nn.Conv2d(4, 12, 3, padding=1, groups=4), (4, 5, 6), (12 * 9) * 30),
     (nn.ConvTranspose2d(3, 5, 2, stride=2), (3, 4, 4), (3 * 5 * 4) * 16),
+    (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (4, 5, 7), (4 * 3 * 9) * 35),
+    (nn.ConvTranspose2d(4, 4, 3, groups=4), (4, 5, 5), (4 * 9) * 25),
+    (nn.ConvTranspose1d(2, 4, 3), (2, 10), (2 * 4 * 3) * 10),
+    (nn.ConvTranspose3d(1, 2, 2), (1, 3, 3, 3), 16 * 27),
 ]
 
 

@@ -13,12 +13,12 @@ import windfall
 LAYERS = {
     "ground": "spec, seeds, limits",
     "mathematics": "masks, initialize, models, flops, structure, tracing, units, compact, "
-    "reconstruction, evidence, filters, criteria, selection, adjust, prune",
+    "architecture, reconstruction, evidence, filters, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
     "tickets, arms",
     "studies": "stats, study, suite, settings, states, store, worker, service, schedule, execute",
-    "outside": "latency, workload, trials, pace, costs, words, findings, tables, overview, plots, "
-    "page, display, bench, parcels, formats, exports, verbs, cli",
+    "outside": "latency, workload, trials, pace, costs, words, findings, patterns, tables, "
+    "overview, plots, page, display, bench, parcels, formats, exports, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

@@ -176,6 +176,60 @@ def test_arms_that_meet_in_one_study_differ_in_color_and_in_marker():
     assert len({plots.LOOKS[arm].marker for arm in arms if arm != "dense"}) == len(arms) - 1
 
 
+def kept_rows(num_layers: int = 6, num_seeds: int = 3) -> list[Row]:
+    return [
+        {
+            "layer": f"conv{index}.weight",
+            "stage": 1 + 2 * index // num_layers,
+            "is_shared": index == 1,
+            "kept": [0.1 * (index % 7 + 1) + 0.01 * seed for seed in range(num_seeds)],
+        }
+        for index in range(num_layers)
+    ]
+
+
+STAGES = [
+    {
+        "stage": stage,
+        "mean": 0.25 * stage,
+        "kernel": [[0.1 * stage] * 3, [0.2, 0.9, 0.2], [0.0] * 3],
+    }
+    for stage in (1, 2)
+]
+
+
+@pytest.mark.parametrize("width_inches", WIDTHS)
+def test_a_pattern_has_a_bar_for_each_layer_and_a_line_for_each_stage(width_inches):
+    rows = kept_rows()
+    axes = plots.pattern(rows, stages=STAGES, width_inches=width_inches).axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, [100 * np.mean(row["kept"]) for row in rows])
+    points = [line.get_ydata() for line in axes.get_lines()]
+    np.testing.assert_allclose(points, [100 * np.array(row["kept"]) for row in rows])
+    lines_at = [float(part.get_segments()[0][0, 1]) for part in axes.collections]
+    assert lines_at == [25, 50]
+    assert [text.get_text() for text in axes.texts] == ["25%", "50%"]
+    assert not plots.pattern(kept_rows(41), stages=STAGES).axes[0].get_lines()
+
+
+@pytest.mark.parametrize("width_inches", WIDTHS)
+def test_kernels_are_grids_of_percentages_on_one_scale(width_inches):
+    figure = plots.kernels(STAGES, width_inches=width_inches)
+    shown = figure.axes[:2]
+    assert [axes.get_title(loc="left") for axes in shown] == ["Stage 1", "Stage 2"]
+    assert [text.get_text() for text in shown[1].texts] == [
+        "20", "20", "20", "20", "90", "20", "0", "0", "0"
+    ]  # fmt: skip
+    assert {axes.images[0].get_clim() for axes in shown} == {(0, 0.9)}
+
+
+def test_designed_networks_have_no_line_from_the_dense_one():
+    rows = arm_rows("test_accuracy", arms=("ticket", "guided"), levels=1)
+    drawn = lines(plots.accuracy(rows).axes[0])
+    assert len(drawn["ticket"][0]) == 2
+    assert len(drawn["guided"][0]) == 1
+
+
 @pytest.mark.parametrize("width_inches", WIDTHS)
 def test_learning_curves_are_those_of_the_table_at_three_of_its_levels(width_inches):
     curves = curve_rows()
@@ -255,6 +309,12 @@ DEGENERATE = {
     "no overlap": lambda: plots.overlap([]),
     "no curves": lambda: plots.learning_curves([]),
     "no layers": lambda: plots.layer_densities([]),
+    "no layers of a pattern": lambda: plots.pattern([]),
+    "a pattern": lambda: plots.pattern(kept_rows(100), stages=STAGES),
+    "no kernels": lambda: plots.kernels([]),
+    "kernels of nothing": lambda: plots.kernels(
+        [{"stage": 1, "mean": 0, "kernel": [[0, 0, 0]] * 3}]
+    ),
     "no pictures": lambda: plots.mask_pictures([]),
     "only dense": lambda: plots.accuracy(arm_rows("test_accuracy", arms=())),
     "no dense": lambda: plots.accuracy(arm_rows("test_accuracy")[1:]),

@@ -51,6 +51,8 @@ REQUIRED = {
     "pruned": {"parent": "0" * 64, "level": 1},
     "tensors": {"sha256": "1" * 64, "num_classes": 2},
     "user-data": {"callable": "package.module:load"},
+    "guided": {"stages": (0.5, 0.25, 1.0)},
+    "transferred": {"stages": (0.5, 0.25, 1.0)},
     "user-model": {"callable": "package:make", "source": "s", "parameters": {"w": (2, 3)}},
 }
 MEMBERS = [
@@ -281,6 +283,12 @@ GOLDEN = {
     ),
     "26201ec026cb35755d3503b593d47a304d0886963d5dbfd7a5209e92439353f7": DENSE.model_copy(
         update={"recipe": train.Recipe(rhythm=sparsity.SoftPruning(every=100))}
+    ),
+    "2383a548036f6bc987c07dd815e00c5eb7e790d1591def735235024094cc73fa": DENSE.model_copy(
+        update={"model": models.Vgg_16(stages=(1, 0.5, 0.25, 0.75, 0.125)), "start": THETA}
+    ),
+    "29560e529a9b88ec52ded45badcc8ce31a10ce826a19fe3e183c7accfa9a51b6": DENSE.model_copy(
+        update={"model": models.Resnet_56(stages=(1, 0.5, 0.25), shared=(0.5, 1, 1))}
     ),
 }
 

@@ -22,6 +22,7 @@ from windfall.selection import Global, Layerwise, uniform
 from windfall.settings import load
 from windfall.spec import SpecError
 from windfall.study import Study, expand
+from windfall.suite import Suite
 from windfall.train import Adam, Cosine, Recipe, Sgd
 
 DATA = Gaussian(dimension=6, num_train=40, num_validation=10, num_test=10, num_classes=3)
@@ -477,8 +478,10 @@ class TestEveryBundledStudy:
         assert made.question.endswith("?")
 
     def test_it_can_be_expanded_on_data_that_is_always_there(self, name):
-        graph = expand(load(name, {"data": "digits", "num_seeds": 1}))
-        assert max(node.level for node in graph.nodes) == graph.study.levels
+        made = load(name, {"data": "digits", "num_seeds": 1})
+        for each in made.cases.values() if isinstance(made, Suite) else [made]:
+            graph = expand(each)
+            assert max(node.level for node in graph.nodes) == graph.study.levels
 
     def test_its_words_are_its_own(self, name):
         others = [load(other) for other in settings.bundled() if other != name]

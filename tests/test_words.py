@@ -53,6 +53,32 @@ def test_the_headline_names_the_supported_causes_the_largest_first():
     assert refuted.startswith("It is not which connections were kept (-0.10 pp")
 
 
+def test_a_designs_verdict_is_a_sentence_of_its_own():
+    rows = [
+        row("guided", "guided", "uniform-width", "refuted", difference=-0.002),
+        row("transferred", "transferred", "uniform-width"),
+    ]
+    assert words.answer(PLAN, document(*rows)) == [
+        "With as many parameters, the widths that pruning found for each stage are no better than"
+        " one width for the whole network.",
+        "In numbers: guided - uniform-width -0.20 pp [-1.20, +0.80], n = 5.",
+        "With as many parameters, the widths found elsewhere are better than one width for the"
+        " whole network.",
+        "In numbers: transferred - uniform-width +2.00 pp [+1.00, +3.00], n = 5.",
+    ]
+
+
+def test_the_sizes_of_designs_are_noted_with_their_difference():
+    sizes = (("guided", 1_000, 0.1), ("uniform-width", 998, 0.0995))
+    designs = {arm: {"num_parameters": n, "density": d} for arm, n, d in sizes}
+    (told,) = words.notes(PLAN | {"designs": designs}, document(), [])
+    assert told == (
+        "Networks that are not pruned: guided has 1,000 parameters and 10 % of the dense network's"
+        " weights and uniform-width has 998 parameters and 9.95 % of the dense network's weights,"
+        " 2 fewer than its design."
+    )
+
+
 def test_an_undecided_cause_says_how_many_seeds_it_needs():
     undecided = row("weights", "finetune", "reinit", "undecided", seeds_needed=1234)
     headline, told = words.answer(PLAN, document(undecided))

@@ -12,10 +12,9 @@ Your own network and data:
     windfall.run(study)
 
 The map, in the order of reading: `spec`, `seeds` (ground); `masks`, `initialize`, `models`,
-`flops`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`, `engines`,
-`tickets`, `arms` (laboratory); `stats`, `study`, `store`, `execute` (studies); `tables`, `plots`,
-`page`, `exports`,
-`cli` (outside).
+`flops`, `architecture`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`,
+`engines`, `tickets`, `arms` (laboratory); `stats`, `study`, `suite`, `store`, `execute` (studies);
+`tables`, `plots`, `page`, `exports`, `cli` (outside).
 """
 
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from windfall.spec import SpecError
 from windfall.store import Lab
 from windfall.study import Study
 from windfall.train import Recipe
-from windfall.verbs import Result, export, plan, report, run, show
+from windfall.verbs import Result, export, pattern, plan, report, run, show
 
 __version__ = version("windfall")
 
@@ -48,6 +47,7 @@ __all__ = [
     "load_data",
     "load_network",
     "load_study",
+    "pattern",
     "plan",
     "report",
     "run",

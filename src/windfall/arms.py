@@ -7,17 +7,22 @@ differ in exactly one thing. Level 0 of every arm is the dense run.
     family.runs[Reinit().run(family, level=3)]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from windfall import architecture
 from windfall import prune as pruning
 from windfall.initialize import Initialization
+from windfall.models import Model
+from windfall.models.sizes import Width
 from windfall.prune import Prune, ToStep
 from windfall.runs import Budget, Fresh, Pruned, Run, Start
-from windfall.spec import FAMILY, Spec
+from windfall.spec import FAMILY, Spec, tag
 
+Ratios = tuple[Width, ...]
 SHIFT = 100_000  # seeds of the other orders and inits; the seeds of a study are below it
 
 
@@ -30,12 +35,23 @@ class Family:
         initialization: of theta_0 and theta_0'.
         seed: of the study, 0 to num_seeds - 1.
         one_shot: prune the dense run at every level, not the level before.
+        input_shape: of one input, by which the parameters of a network are counted.
+        num_classes: of the outputs.
     """
 
     def __init__(
-        self, base: Run, prune: Prune, initialization: Initialization, seed: int, *, one_shot: bool
+        self,
+        base: Run,
+        prune: Prune,
+        initialization: Initialization,
+        seed: int,
+        *,
+        one_shot: bool,
+        input_shape: tuple[int, ...] = (),
+        num_classes: int = 0,
     ) -> None:
         self.base, self.prune, self.initialization = base, prune, initialization
+        self.input_shape, self.num_classes = input_shape, num_classes
         self.seed, self.one_shot = seed, one_shot
         self.runs: dict[str, Run] = {}
         self._chains: dict[tuple[str, Spec, int], str] = {}
@@ -60,6 +76,10 @@ class Family:
         parent = self.chain(self.dense(), ToStep(), 0 if self.one_shot else level - 1)
         return self._pruned(parent, level, **how)
 
+    def designed(self, model: Model) -> str:
+        """The run of another network, from its theta_0'; it is not pruned."""
+        return self._add(self.fresh(), self.seed, model)
+
     def fresh(self, budget: Budget | None = None) -> Fresh:
         """theta_0', the same for every control of a seed."""
         return Fresh(initialization=self.initialization, stream="reinit", budget=budget)
@@ -72,11 +92,12 @@ class Family:
         start = Pruned(parent=parent, prune=self.prune, level=level, **how)
         return self._add(start, self.runs[parent].seed)
 
-    def _add(self, start: Start, seed: int) -> str:
+    def _add(self, start: Start, seed: int, model: Model | None = None) -> str:
         recipe = self.base.recipe
-        if isinstance(start, Pruned):
+        if isinstance(start, Pruned) or model is not None:
             recipe = recipe.plain()
-        run = self.base.model_copy(update={"start": start, "seed": seed, "recipe": recipe})
+        how: dict[str, Any] = {"start": start, "seed": seed, "recipe": recipe}
+        run = self.base.model_copy(update=how if model is None else how | {"model": model})
         address = run.address
         self.runs.setdefault(address, run)
         return address
@@ -228,6 +249,80 @@ class OtherInit(Spec):
         return family.chain(family.dense(init=SHIFT + family.seed), ToStep(), level)
 
 
+class Guided(Spec):
+    """An unpruned network of the stages' widths that pruning found: the allocation over stages.
+
+    It is the study's network with these factors, newly initialized, and stands at the level of the
+    verdicts.
+
+    Source: Liu et al. 2019 (1810.05270), section 5, guided pruning.
+
+    Args:
+        stages: of each stage, the factor on its channels; `windfall pattern` tells them.
+        shared: of the channels that a residual stage's blocks add to; None is 1 for all.
+    """
+
+    stages: Ratios
+    shared: Ratios | None = None
+
+    def design(self, model: Model) -> Model:
+        """The network, from the study's."""
+        return architecture.guided(model, self.stages, self.shared)
+
+    def run(self, family: Family, level: int) -> str:  # noqa: ARG002  the family's signature
+        """The run's address, the same at every level."""
+        return family.designed(self.design(family.base.model))
+
+
+class Transferred(Spec):
+    """As `Guided`, by what pruning found in another network or on other data.
+
+    Source: Liu et al. 2019 (1810.05270), section 5, transferable design.
+
+    Args:
+        stages: as of `Guided`, measured elsewhere.
+        shared: as of `Guided`.
+    """
+
+    stages: Ratios
+    shared: Ratios | None = None
+
+    def design(self, model: Model) -> Model:
+        """The network, from the study's."""
+        return architecture.guided(model, self.stages, self.shared)
+
+    def run(self, family: Family, level: int) -> str:  # noqa: ARG002  the family's signature
+        """The run's address, the same at every level."""
+        return family.designed(self.design(family.base.model))
+
+
+class UniformWidth(Spec):
+    """An unpruned network of one width, with as many parameters as a design: its size alone.
+
+    Args:
+        stages: of the design; None is the study's own, of `guided` or `transferred`.
+        shared: as of `Guided`.
+    """
+
+    stages: Ratios | None = None
+    shared: Ratios | None = None
+
+    def design(self, model: Model) -> Model:
+        """The network that it is as large as, from the study's."""
+        assert self.stages is not None
+        return architecture.guided(model, self.stages, self.shared)
+
+    def run(self, family: Family, level: int) -> str:  # noqa: ARG002  the family's signature
+        """The run's address, the same at every level."""
+        design = self.design(family.base.model)
+        place = family.input_shape, family.num_classes
+        wanted = architecture.num_parameters(design, *place)
+        return family.designed(architecture.uniform(design, wanted, *place).model)
+
+
+Design = Guided | Transferred | UniformWidth
+DESIGNS = tuple(tag(member) for member in (Guided, Transferred, UniformWidth))  # not pruned
+
 Arm = Annotated[
     Dense
     | Ticket
@@ -241,9 +336,35 @@ Arm = Annotated[
     | Shuffled
     | Random
     | OtherOrder
-    | OtherInit,
+    | OtherInit
+    | Guided
+    | Transferred
+    | UniformWidth,
     FAMILY,
 ]
+
+
+def sized(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """The arms, that of one width as large as the design that it is compared with.
+
+    Raises:
+        ValueError: when there is no design, or there are several of different sizes.
+    """
+    designs = {(a.stages, a.shared) for a in arms if isinstance(a, Guided | Transferred)}
+
+    def settled(arm: Arm) -> Arm:
+        if not isinstance(arm, UniformWidth):
+            return arm
+        own = {(arm.stages, arm.shared)} if arm.stages is not None else set[Any]()
+        if len(designs | own) != 1:
+            raise ValueError(
+                "must have one design, guided or transferred, whose size `uniform-width` has; got"
+                f" {len(designs | own)}. Compare several in a study each: they share a lab"
+            )
+        stages, shared = next(iter(designs | own))
+        return UniformWidth(stages=stages, shared=shared)
+
+    return tuple(map(settled, arms))
 
 
 @dataclass(frozen=True)
@@ -283,6 +404,8 @@ EFFECTS = (
     Effect("connectivity", "reinit", "shuffled", "is it which connections?"),
     Effect("allocation", "shuffled", "random", "is it how many in which layer?"),
     Effect("architecture", "reinit", "random", "is it the architecture, the two together?"),
+    Effect("guided", "guided", "uniform-width", "is it the allocation over stages?"),
+    Effect("transferred", "transferred", "uniform-width", "does that allocation carry over?"),
     Effect("rewinding", "rewind", "ticket", "is it luck after the first steps?"),
     Effect(
         "same-init", "other-order", "other-init", "does theta_0 fix the mask?", measures="overlap"

@@ -137,6 +137,21 @@ def show(
 
 
 @app.command()
+def pattern(
+    study: StudyName, set_: Set = None, lab: LabFolder = None, as_json: AsJson = False
+) -> None:
+    """Print how much of each stage pruning keeps, and the settings of such a design."""
+    with _told():
+        document = verbs.pattern(study, settings(set_), lab=lab)
+        if as_json:
+            _print_json(document)
+            return
+        from windfall import display
+
+        display.show(display.pattern(document))
+
+
+@app.command()
 def report(
     study: StudyName,
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")],

@@ -68,7 +68,7 @@ class Predictor:
 
     def _workload(self, address: str, engine: Name) -> Workload:
         run, kept = self.graph.runs[address], self.graph.kept(address)
-        place = engine, digest(run.recipe.to_json())
+        place = engine, digest([run.model.to_json(), run.recipe.to_json()])
         key = *place, *kept.values()
         if key not in self._workloads:
             if place not in self._trainings:
@@ -157,7 +157,8 @@ class Costs:
 
     def typical(self, address: str) -> float:
         """What a run takes by typical figures: dense arithmetic, eager torch."""
-        network, batch_size = self.graph.network, self.graph.runs[address].recipe.batch_size
+        network = self.graph.network_of(address)
+        batch_size = self.graph.runs[address].recipe.batch_size
         dense = 6.0 * sum(network.multiply_adds.values()) * batch_size
         return self.steps(address) * (STEP_SECONDS + dense / FLOPS_PER_SECOND)
 
@@ -267,14 +268,18 @@ def _sources(sources: Sequence[str]) -> str:
 def _rows(found: Costs, seconds: Mapping[str, float]) -> list[Json]:
     graph = found.graph
     columns: dict[tuple[int, str], list[str]] = {}
+    weights: dict[tuple[int, str], int] = {}
     for node in graph.nodes:
-        columns.setdefault((node.level, node.arm), []).append(node.address)
+        place = node.level, node.arm
+        columns.setdefault(place, []).append(node.address)
+        weights[place] = graph.weights(node)
+    whole = sum(graph.network.sizes.values())
     return [
         {
             "arm": arm,
             "level": level,
-            "density": graph.density(level),
-            "weights": graph.counts[level],
+            "density": weights[level, arm] / whole,
+            "weights": weights[level, arm],
             "engine": found.choices[addresses[0]].engine,
             "runs": len(addresses),
             "stored": sum(address in found.records for address in addresses),

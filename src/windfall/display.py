@@ -306,6 +306,26 @@ def _dim(notes: list[str]) -> list[Text]:
     return [Text(f"Note: {note}", style="dim") for note in notes]
 
 
+def pattern(document: Json) -> RenderableType:
+    """What stays of each stage, and the settings that make a design of it."""
+    cases = document.get("cases", {})
+    if cases:
+        return Group(*(pattern({"study": case, **each}) for case, each in cases.items()))
+    number = len(document["runs"])
+    told = f"kept of each stage's {document['unit']} at level {document['level']}, n = {number}"
+    table = Table(title=f"{document['study']}: {told}")
+    for column in ("stage", "mean", "least", "most"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for part in ("stages", "shared"):
+        for row in document[part]:
+            name = f"{row['stage']}{', shared' if part == 'shared' else ''}"
+            table.add_row(name, *(words.percent(row[key]) for key in ("mean", "low", "high")))
+    if document["settings"] is None:
+        return Group(table, Text("A design has fewer channels; these networks lost weights."))
+    pairs = " ".join(f"--set '{pair}'" for pair in document["settings"])
+    return Group(table, Text("As a design, in any study of such a network:"), Text(pairs))
+
+
 def show(renderable: Any) -> None:
     """Print to standard output, wide enough for the tables when it is not a terminal."""
     console = Console()

@@ -48,6 +48,7 @@ class Findings:
         self.records = lab.records(dict.fromkeys(node.address for node in self.nodes))
         self.failures = lab.failures(node.address for node in self.nodes)
         self.is_overlap = plan["metric"] == "mask_overlap"
+        self.designs: dict[str, Json] = plan.get("designs", {})
         self.is_structured = "structure" in plan["study"]["prune"]
         self.plan = {**plan, "densities": plan["densities"] | self._measured_densities(plan)}
         self._places = {(node.arm, node.level, node.seed): node for node in self.nodes}
@@ -90,6 +91,11 @@ class Findings:
     def place(self, arm: str, level: int, seed: int) -> Node | None:
         """The node of an arm at a level; level 0 of every arm is the dense one."""
         return self._places.get(("dense", 0, seed) if level == 0 else (arm, level, seed))
+
+    def density(self, arm: str, level: int) -> float:
+        """Of an arm at a level: what is kept, or the weights of a design beside the dense ones."""
+        found = self.designs.get(arm)
+        return found["density"] if found else self.plan["densities"][str(level)]
 
     def masks(self, address: str) -> Masks:
         """A stored run's masks, read once."""
@@ -183,7 +189,7 @@ class Findings:
         return {
             "arm": arm,
             "level": level,
-            "density": self.plan["densities"][str(level)],
+            "density": self.density(arm, level),
             "metric": metric,
             "mean": fmean(whole) if is_whole else None,
             "interval": None if interval is None else list(interval),
@@ -230,7 +236,7 @@ class Findings:
             "arm": effect.arm,
             "against": effect.against,
             "level": level,
-            "density": self.plan["densities"][str(level)],
+            "density": self.density(effect.arm, level),
             "metric": metric,
             "num_diverged": sum(side["num_diverged"] for side in sides if side),
             "num_censored": sum(side["num_censored"] for side in sides if side),

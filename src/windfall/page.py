@@ -59,6 +59,9 @@ ARMS = {
     "scratch-b": "the physically smaller network, fresh, for as many FLOPs as the dense one",
     "scratch-b-plus": "as scratch-b, the steps of fine-tuning granted too",
     "finetune-small": "as finetune, at a small constant rate",
+    "guided": "a whole network of the widths that pruning found for each stage, fresh",
+    "transferred": "a whole network of widths that pruning found elsewhere, fresh",
+    "uniform-width": "a whole network of one width, as large as that design, fresh",
     "other-order": "two masks from one initialization, found with batches in different orders",
     "other-init": "two masks from different initializations",
     "chance": "two masks drawn independently at the same densities",
@@ -73,6 +76,8 @@ MARKS = {
     "X": "M5 2.5l3 3 3-3 2.5 2.5-3 3 3 3-2.5 2.5-3-3-3 3-2.5-2.5 3-3-3-3z",
     "P": "M6 2.5h4V6h3.5v4H10v3.5H6V10H2.5V6H6z",
     "p": "M8 2.2l5.7 4.2-2.2 6.8h-7L2.3 6.4z",
+    "*": "M8 1.5l1.9 4.4 4.7.4-3.6 3.1 1.1 4.6L8 11.6 3.9 14 5 9.4 1.4 6.3l4.7-.4z",
+    "d": "M8 2l4 6-4 6-4-6z",
     "h": "M8 2l5.2 3v6L8 14l-5.2-3V5z",
 }
 
@@ -101,9 +106,9 @@ def render(document: Document) -> str:
         document: The study's results as plain JSON values, None where there is no number: `study`,
             `answer`, `settings`, `runs`, `arms`, `verdicts`, `comparisons`, `failures`, `curves`,
             `layers`, `pictures`, `records`, `notes`, `winner`, `winner_record`, `seconds`, `flops`,
-            `versions` and `created`; `estimate` is optional. Accuracies are fractions; the
-            intervals of `arms` and `comparisons` have confidence 0.95, those of `verdicts` state
-            theirs.
+            `versions` and `created`; `estimate` and `pattern` are optional. Accuracies are
+            fractions; the intervals of `arms` and `comparisons` have confidence 0.95, those of
+            `verdicts` state theirs.
 
     Returns:
         HTML that refers to nothing outside itself; all text of the document is escaped.
@@ -202,6 +207,18 @@ def _drawings(document: Document) -> Iterator[tuple[str, Drawing]]:
     if pictures := document["pictures"]:
         addresses = list(dict.fromkeys(picture["address"] for picture in pictures))
         yield "pictures", _drawing(plots.mask_pictures, pictures, "n = 1 run a picture", addresses)
+    if pattern := document.get("pattern"):
+        yield from _patterns(pattern)
+
+
+def _patterns(pattern: Row) -> Iterator[tuple[str, Drawing]]:
+    addresses = [run["address"] for run in pattern["runs"]]
+    number = len(addresses)
+    basis = f"n = {number} {'seed' if number == 1 else 'seeds'}, level {pattern['level']}"
+    draw = functools.partial(plots.pattern, stages=pattern["stages"])
+    yield "pattern", _drawing(draw, pattern["layers"], basis, addresses)
+    if pattern["unit"] == "weights":
+        yield "kernels", _drawing(plots.kernels, pattern["stages"], basis, addresses)
 
 
 def _drawing(

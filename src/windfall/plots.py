@@ -68,12 +68,16 @@ LOOKS = {
     "scratch-b": Look("violet", "p", "scratch-b"),
     "scratch-b-plus": Look("pink", "h", "scratch-b-plus"),
     "finetune-small": Look("leaf", "v", "finetune-small"),
+    "guided": Look("leaf", "*", "guided"),
+    "transferred": Look("sky", "*", "transferred"),
+    "uniform-width": Look("pink", "d", "uniform width"),
     "other-order": Look("blue", "o", "same start, other order"),
     "other-init": Look("vermilion", "D", "other start"),
     "chance": Look("muted", "s", "chance"),
 }
 
 _DECIDED = {"supported": "green", "refuted": "vermilion", "undecided": "orange"}
+ALONE = ("guided", "transferred", "uniform-width")  # not pruned: no line from the dense network
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so text is measured alike everywhere
@@ -175,7 +179,7 @@ def learning_curves(curves: Table, *, width_inches: float = WIDE) -> Figure:
         chosen = [row for row in in_order(curves) if row["level"] in {0, level}]
         _over_steps(loss, chosen, "validation_loss", 1.0)
         _over_steps(test, chosen, "test_accuracy", 100.0)
-        for row in chosen[-1:]:
+        for row in ([row for row in chosen if row["level"]] or chosen)[:1]:
             kept = f"{percent(row['density'])} kept"
             loss.text(0.98, 0.92, kept, transform=loss.transAxes, ha="right", va="top")
     panels[0, 0].set_title("Validation loss")
@@ -248,6 +252,88 @@ def mask_pictures(pictures: Table, *, width_inches: float = WIDE) -> Figure:
         axes.set_title(f"{layer}Level {picture['level']}, {percent(picture['density'])}")
         muted = {"va": "top", "fontsize": 7, "color": COLORS["muted"]}
         axes.text(0, -0.04, f"most: {top:,.0f}", transform=axes.transAxes, **muted)
+    return figure
+
+
+@_styled
+def pattern(layers: Table, *, stages: Table = (), width_inches: float = WIDE) -> Figure:
+    """How much of each layer stays, a bar per layer, a line across each stage, a point per seed.
+
+    Stages stand side by side; channels that residual blocks add to are lighter. Points are left out
+    where there are more than 40 layers.
+
+    Source: after section 5 of Rethinking the Value of Network Pruning (1810.05270).
+
+    Args:
+        layers: The document's `pattern.layers`: `layer`, `stage` from 1, `is_shared`, and `kept`,
+            a fraction for each seed.
+        stages: The document's `pattern.stages`: `stage` and `mean`, what stays of it in all.
+        width_inches: Width of the figure.
+    """
+    figure = Figure(figsize=(width_inches, 2.4), layout="constrained")
+    axes = figure.subplots()
+    rows = sorted(layers, key=lambda row: row["stage"])
+    means = {row["stage"]: row["mean"] for row in stages}
+    ends: dict[int, list[float]] = {}
+    for index, row in enumerate(rows):
+        place = index + row["stage"]  # a bar's width between two stages
+        ends.setdefault(row["stage"], []).append(place)
+        _draw_kept(axes, place, row, is_roomy=len(rows) <= 40)
+    for stage, places in ends.items():
+        span = places[0] - 0.45, places[-1] + 0.45
+        if stage in means:
+            axes.hlines(100 * means[stage], *span, color=COLORS["ink"], linewidth=1.1, zorder=3)
+            bold: dict[str, Any] = {"ha": "center", "fontsize": 7.5, "fontweight": "bold"}
+            axes.text(sum(span) / 2, 108, percent(means[stage]), **bold)
+    axes.set(ylim=(0, 122), title="Kept of each layer (%)")
+    axes.set_axisbelow(True)
+    _quiet(axes, 5)
+    axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
+    word = "Stage " if width_inches > NARROW else ""
+    middles = [(places[0] + places[-1]) / 2 for places in ends.values()]
+    axes.set_xticks(middles, [f"{word}{stage}" for stage in ends])
+    axes.set_xlabel("" if word else "Stage")
+    axes.tick_params(axis="x", length=0, labelcolor=COLORS["ink"])
+    return figure
+
+
+def _draw_kept(axes: Axes, place: float, row: Row, *, is_roomy: bool) -> None:
+    alpha = 0.45 if row["is_shared"] else 1.0
+    mean = 100 * float(np.mean(row["kept"]))
+    axes.bar(place, mean, width=0.8, color=COLORS["leaf"], alpha=alpha, linewidth=0)
+    if is_roomy:
+        points = [100 * kept for kept in row["kept"]]
+        axes.plot([place] * len(points), points, ".", color=COLORS["ink"], markersize=2.6)
+
+
+@_styled
+def kernels(stages: Table, *, width_inches: float = WIDE) -> Figure:
+    """How many weights stay at each position of the 3 x 3 kernels, a grid per stage.
+
+    All grids have one scale, from none to the largest fraction.
+
+    Source: the form of Figure 5 of Rethinking the Value of Network Pruning (1810.05270).
+
+    Args:
+        stages: The document's `pattern.stages`: `stage` from 1, and `kernel`, three rows of three
+            fractions.
+        width_inches: Width of the figure.
+    """
+    size = (width_inches, width_inches / max(5, len(stages)) + 0.35)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, max(5, len(stages)), squeeze=False)[0]
+    top = max((value for row in stages for line in row["kernel"] for value in line), default=0)
+    for axes in panels:
+        axes.set_axis_off()
+    for row, axes in zip(stages, panels, strict=False):
+        values = np.asarray(row["kernel"], dtype=float)
+        axes.imshow(values, cmap=_FADE, vmin=0, vmax=top or 1, interpolation="none")
+        axes.set_title(f"Stage {row['stage']}")
+        for place, value in np.ndenumerate(values):
+            is_dark = value > 0.8 * top
+            color = COLORS["paper" if is_dark else "ink"]
+            told = {"ha": "center", "va": "center_baseline", "fontsize": 7, "color": color}
+            axes.text(place[1], place[0], f"{100 * value:.3g}", **told)
     return figure
 
 
@@ -354,7 +440,8 @@ def _draw_arms(axes: Axes, rows: Table, metric: str, scale: float, inches: float
     for row in dense:
         _draw_dense(axes, row, scale)
     for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != "dense"):
-        points = dense + [row for row in rows if row["arm"] == arm]
+        begun = [] if arm in ALONE else dense
+        points = begun + [row for row in rows if row["arm"] == arm]
         density = [row["density"] for row in points]
         mean = _scaled([row["mean"] for row in points], scale)
         intervals = [row["interval"] or (None, None) for row in points]

@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from windfall import seeds
 from windfall.engines.rule import Choice, choose
+from windfall.models import Model
 from windfall.runs import Pruned
 from windfall.store import Lab
 from windfall.study import Graph
@@ -69,9 +72,8 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
         Unsupported: when the study asks for one by name that cannot train its network.
     """
     study, shape = graph.study, graph.network.input_shape
-    with seeds.isolated(0, "inspect"):
-        network = study.model.build(shape, graph.network.num_classes)
-    made: dict[tuple[float, bool], Choice] = {}
+    networks: dict[Model, nn.Module] = {}
+    made: dict[tuple[Model, float, bool], Choice] = {}
     found: dict[str, Choice] = {}
     for address, run in graph.runs.items():
         match run.start:
@@ -79,8 +81,12 @@ def engines(graph: Graph, device: str) -> dict[str, Choice]:
                 density = graph.density(level)
             case _:  # a network without channels is trained whole
                 density = 1.0
-        key = density, bool(run.recipe.sparsity)
+        if run.model not in networks:
+            with seeds.isolated(0, "inspect"):
+                networks[run.model] = run.model.build(shape, graph.network.num_classes)
+        key = run.model, density, bool(run.recipe.sparsity)
         if key not in made:
+            network = networks[run.model]
             made[key] = choose(study.engine, network, shape, density, device, run.recipe)
         found[address] = made[key]
     return found

@@ -9,7 +9,7 @@ trained.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -20,13 +20,26 @@ from torch import Tensor, nn
 from windfall import flops, seeds, structure
 from windfall import models as zoo
 from windfall import prune as pruning
-from windfall.arms import SHIFT, Arm, Dense, Family, Finetune, Random, Reinit, Rewind, Ticket
+from windfall.arms import (
+    DESIGNS,
+    SHIFT,
+    Arm,
+    Dense,
+    Design,
+    Family,
+    Finetune,
+    Random,
+    Reinit,
+    Rewind,
+    Ticket,
+    sized,
+)
 from windfall.data import Data, Dataset, UserData, tensors
 from windfall.data import load as load_data
 from windfall.engines.rule import Asked
 from windfall.filters import GroupCriterion
 from windfall.initialize import GlorotNormal, Initialization, TorchDefault
-from windfall.models import Kind, ModelField, UserModel
+from windfall.models import Kind, Model, ModelField, UserModel
 from windfall.prune import LearningRate, Prune, ToStep
 from windfall.runs import Fresh, Pruned, Run
 from windfall.samples import stacked
@@ -102,6 +115,11 @@ class Study(Spec):
     def _one_arm(cls, arms: Any) -> Any:
         return (arms,) if isinstance(arms, str) else arms
 
+    @field_validator("arms")
+    @classmethod
+    def _sized(cls, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+        return sized(arms)
+
     @model_validator(mode="after")
     def _is_consistent(self) -> "Study":
         if self.verdict_level is not None and self.verdict_level > self.levels:
@@ -115,6 +133,8 @@ class Study(Spec):
         for arm in self.arms:
             if isinstance(arm, Rewind):
                 _fits(arm.to, self.recipe)
+            if isinstance(arm, Design):
+                _fits_stages(arm, self.model)
         if self.metric == "mask_overlap" and "ticket" not in kinds:
             raise ValueError("`arms` must include `ticket` when `metric` is mask_overlap")
         if self.prune.is_structured:
@@ -166,6 +186,13 @@ def _fits(to: pruning.Rewind, recipe: Recipe) -> None:
         case _:
             return
     raise ValueError(f"`arms.rewind.to.{problem}")
+
+
+def _fits_stages(arm: Design, model: Model) -> None:
+    try:
+        arm.design(model)
+    except SpecError as problem:
+        raise ValueError(f"`arms.{tag(type(arm))}` must fit the network: {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -243,6 +270,7 @@ class Graph:
         network: of the study.
         counts: number of prunable weights kept, by level.
         note: on the data, printed beside every number; or None.
+        designs: other networks than the study's, by their models.
     """
 
     study: Study
@@ -252,6 +280,17 @@ class Graph:
     network: Network
     counts: dict[int, int]
     note: str | None
+    designs: Mapping[Model, Network] = field(default_factory=dict[Model, Network])
+
+    def network_of(self, address: str) -> Network:
+        """The network that a run trains, whole."""
+        return self.designs.get(self.runs[address].model, self.network)
+
+    def weights(self, node: Node) -> int:
+        """The number of prunable weights of an arm at a level: kept, or a design's own."""
+        if node.arm in DESIGNS:
+            return sum(self.network_of(node.address).sizes.values())
+        return self.counts[node.level]
 
     def density(self, level: int) -> float:
         """Fraction of the prunable weights kept at a level."""
@@ -272,16 +311,17 @@ class Graph:
         run = self.runs[address]
         if run.budget is None:
             return run.clock
-        whole = sum(self.network.multiply_adds.values())
+        whole = sum(self.network_of(address).multiply_adds.values())
         return 0, run.trained_by(whole, max(1, self._multiply_adds(address))).steps
 
     def _multiply_adds(self, address: str) -> int:
-        uses, sizes, kept = self.network.multiply_adds, self.network.sizes, self.kept(address)
+        network, kept = self.network_of(address), self.kept(address)
+        uses, sizes = network.multiply_adds, network.sizes
         return round(sum(Fraction(uses[name]) * kept[name] / sizes[name] for name in uses))
 
     def kept(self, address: str) -> Mapping[str, int | Fraction]:
         """The number of weights that a run keeps of every tensor; see `flops`."""
-        sizes, start = self.network.sizes, self.runs[address].start
+        sizes, start = self.network_of(address).sizes, self.runs[address].start
         if isinstance(start, Fresh):
             return sizes
         if start.arrange == "uniform":
@@ -319,13 +359,23 @@ def expand(study: Study) -> Graph:
     )
     nodes, runs = [], dict[str, Run]()
     for seed in range(study.num_seeds):
-        family = Family(base, study.prune, study.begun_by, seed, one_shot=study.one_shot)
+        family = Family(
+            base,
+            study.prune,
+            study.begun_by,
+            seed,
+            one_shot=study.one_shot,
+            input_shape=data.input_shape,
+            num_classes=data.num_classes,
+        )
         nodes += [Node(arm, level, seed, run) for arm, level, run in _places(study, family)]
         runs |= family.runs
     place = {tag(type(arm)): index for index, arm in enumerate((Dense(), *study.arms))}
     nodes.sort(key=lambda node: (node.level, place[node.arm]))
     totals = {0: sum(network.sizes.values()), **counts}
-    return Graph(study, tuple(nodes), runs, _snapshots(runs), network, totals, data.note)
+    others = dict.fromkeys(run.model for run in runs.values() if run.model != study.model)
+    designs = {model: _looked_at(model, data)[1] for model in others}
+    return Graph(study, tuple(nodes), runs, _snapshots(runs), network, totals, data.note, designs)
 
 
 def _num_kept(prune: Prune, network: Network, level: int) -> int:
@@ -339,12 +389,20 @@ def _places(study: Study, family: Family) -> Iterator[tuple[str, int, str]]:
     yield "dense", 0, family.dense()
     for level in range(1, study.levels + 1):
         for arm in study.arms:
-            if not isinstance(arm, Dense):
+            is_here = level == study.decided_level or not isinstance(arm, Design)
+            if is_here and not isinstance(arm, Dense):
                 yield tag(type(arm)), level, arm.run(family, level)
 
 
 def _inspect(study: Study, data: Dataset) -> Network:
-    model, shape = study.model, data.input_shape
+    module, network = _looked_at(study.model, data)
+    groups = _groups(study, module, data.input_shape)
+    _check_sparsity(study.recipe, module, data.input_shape)
+    return replace(network, groups=groups)
+
+
+def _looked_at(model: Model, data: Dataset) -> tuple[nn.Module, Network]:
+    shape = data.input_shape
     with seeds.isolated(0, "inspect"):
         module = model.build(shape, data.num_classes)
     zoo.check_outputs(module, shape, data.num_classes, tag(type(model)))
@@ -356,12 +414,8 @@ def _inspect(study: Study, data: Dataset) -> Network:
     params = dict(module.named_parameters())
     sizes = {name: params[name].numel() for name in kinds}
     multiply_adds = flops.multiply_adds(module, shape)
-    tensors = params | dict(module.named_buffers())
-    groups = _groups(study, module, shape)
-    _check_sparsity(study.recipe, module, shape)
-    return Network(
-        sizes, kinds, multiply_adds, shape, data.num_classes, structure.shapes(tensors), groups
-    )
+    shapes = structure.shapes(params | dict(module.named_buffers()))
+    return module, Network(sizes, kinds, multiply_adds, shape, data.num_classes, shapes)
 
 
 def _check_sparsity(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from windfall import stats, words
+from windfall import patterns, stats, words
+from windfall.architecture import num_parameters
+from windfall.arms import DESIGNS
 from windfall.findings import Findings
 from windfall.spec import Json
 from windfall.store import Lab, Record
@@ -24,6 +26,7 @@ def outline(graph: Graph) -> Json:
         "address": study.address,
         "nodes": [[node.arm, node.level, node.seed, node.address] for node in graph.nodes],
         "densities": {str(level): graph.density(level) for level in graph.counts},
+        "designs": _designs(graph),
         "sizes": network.sizes,
         "flops": {address: graph.flops(address) for address in graph.runs},
         "clocks": {address: list(graph.clock(address)) for address in graph.runs},
@@ -33,6 +36,22 @@ def outline(graph: Graph) -> Json:
         "margin": study.decided_margin,
         "verdict_level": study.decided_level,
         "note": graph.note,
+    }
+
+
+def _designs(graph: Graph) -> dict[str, Json]:
+    """The arms whose networks are not the study's, by name."""
+    whole = sum(graph.network.sizes.values())
+    return {
+        node.arm: {
+            "density": graph.weights(node) / whole,
+            "model": graph.runs[node.address].model.to_json(),
+            "num_parameters": num_parameters(
+                graph.runs[node.address].model, graph.network.input_shape, graph.network.num_classes
+            ),
+        }
+        for node in graph.nodes
+        if node.arm in DESIGNS
     }
 
 
@@ -52,13 +71,16 @@ def curves(findings: Findings, most: int = 120) -> list[Json]:
         record = findings.records.get(node.address)
         if node.level in shown and record is not None and record.status == "done":
             columns.setdefault((node.arm, node.level), []).append(record)
-    return [_curve(findings.plan, *place, records, most) for place, records in columns.items()]
+    return [
+        _curve(*place, findings.density(*place), records, most)
+        for place, records in columns.items()
+    ]
 
 
-def _curve(plan: Json, arm: str, level: int, records: list[Record], most: int) -> Json:
+def _curve(arm: str, level: int, density: float, records: list[Record], most: int) -> Json:
     num = min(len(record.evaluations) for record in records)
     chosen = range(0, num, math.ceil(num / most))
-    curve: Json = {"arm": arm, "level": level, "density": plan["densities"][str(level)]}
+    curve: Json = {"arm": arm, "level": level, "density": density}
     curve["steps"] = [records[0].evaluations[i].step for i in chosen]
     for metric in ("validation_loss", "test_accuracy"):
         values = [[float(getattr(r.evaluations[i], metric)) for r in records] for i in chosen]
@@ -139,6 +161,7 @@ def summary(plan: Json, lab: Lab) -> Json:
         "curves": curves(findings),
         "layers": layers(findings),
         "pictures": pictures(findings),
+        "pattern": patterns.pattern(findings) if patterns.is_known(findings) else None,
         "records": records,
         "flops": sum(record["flops"] for record in records),
         "training_seconds": sum(record["seconds"] for record in records),
@@ -195,6 +218,7 @@ def winner(findings: Findings) -> Json:
         (node, findings.records[node.address].evaluations[-1])
         for node in findings.nodes
         if node.level == level
+        and node.arm not in findings.designs
         and node.address in findings.records
         and findings.records[node.address].status == "done"
     ]

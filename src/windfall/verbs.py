@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from windfall import costs, exports, overview, tables
+from windfall import costs, exports, overview, patterns, tables
 from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.exports import Export
 from windfall.findings import Findings, Table
@@ -296,6 +296,26 @@ def show(
     begun = time.monotonic()
     chosen, plans, place = _from_lab(study, settings, lab)
     return _result(chosen, plans, place, begun)
+
+
+def pattern(
+    study: Which, settings: Settings | None = None, *, lab: str | Path | None = None
+) -> Json:
+    """How much of each stage a study's pruned networks keep, from the lab alone.
+
+    Args:
+        study: as in `run`.
+        settings: as in `run`.
+        lab: as in `run`.
+
+    Returns:
+        The study's name and what `patterns.pattern` tells; of a suite, for each of its `cases`.
+    """
+    chosen, plans, place = _from_lab(study, settings, lab)
+    found = {case: patterns.pattern(Findings(plan, place)) for case, plan in plans.items()}
+    if isinstance(chosen, Suite):
+        return {"study": chosen.name, "cases": found}
+    return {"study": chosen.name, **found[""]}
 
 
 def report(

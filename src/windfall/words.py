@@ -104,7 +104,7 @@ def answer(plan: Json, document: Json) -> list[str]:
     if not rows:
         return ["No comparison of this study has both of its arms: there is nothing to decide."]
     overlap = plan["metric"] == "mask_overlap"
-    sentences = _overlap(rows) if overlap else _causes(plan, rows)
+    sentences = _overlap(rows) if overlap else _causes(plan, rows) + _designs(rows)
     sentences += [] if overlap else _matching(plan, document, rows)
     return sentences if overlap else sentences + _winner(document)
 
@@ -168,6 +168,25 @@ def _causes(plan: Json, rows: dict[str, Json]) -> list[str]:
             told = listed(f"{_CAUSES[row['effect']]} ({_what_more(row)})" for row in found)
             sentences.append(f"{lead} {told}.")
     return sentences
+
+
+def _designs(rows: dict[str, Json]) -> list[str]:
+    """Of networks that pruning only designed: what their widths, stage by stage, are worth."""
+    told = {
+        "supported": "are better than one width for the whole network",
+        "refuted": "are no better than one width for the whole network",
+        "undecided": "may or may not be better than one width for the whole network",
+    }
+    where = {"guided": "that pruning found for each stage", "transferred": "found elsewhere"}
+    chosen = {effect: rows[effect] for effect in where if effect in rows}
+    sentences = (
+        (
+            f"With as many parameters, the widths {where[effect]} {told[row['verdict']]}.",
+            f"In numbers: {_compares(row)} {_what_more(row)}.",
+        )
+        for effect, row in chosen.items()
+    )
+    return [sentence for pair in sentences for sentence in pair]
 
 
 def _compares(row: Json) -> str:
@@ -278,7 +297,24 @@ def notes(plan: Json, document: Json, versions: list[dict[str, str]]) -> list[st
             f"{diverged} runs diverged: they count with accuracy 1/{plan['num_classes']}, early"
             " stop never."
         )
-    return told + censored(document) + _unfinished(plan, document)
+    return told + _sizes(plan) + censored(document) + _unfinished(plan, document)
+
+
+def _sizes(plan: Json) -> list[str]:
+    """How large the networks are that were designed, the one of uniform width beside its design."""
+    designs = plan.get("designs", {})
+    told = [
+        f"{arm} has {found['num_parameters']:,} parameters and {percent(found['density'])} of the"
+        " dense network's weights"
+        for arm, found in designs.items()
+    ]
+    if not told:
+        return []
+    others = [found["num_parameters"] for arm, found in designs.items() if arm != "uniform-width"]
+    if others and len(told) > len(others):
+        more = designs["uniform-width"]["num_parameters"] - others[0]
+        told[-1] += f", {abs(more):,} {'more' if more > 0 else 'fewer'} than its design"
+    return [f"Networks that are not pruned: {listed(told)}."]
 
 
 def censored(document: Json) -> list[str]:

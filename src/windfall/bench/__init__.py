@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import validate_call
 from rich.table import Table
 
-from windfall.bench import overhead, process, replicas, roofline, step, study
+from windfall.bench import overhead, process, replicas, roofline, shrink, step, study
 from windfall.spec import Json, SpecError, checked, nearest
 
 BENCHMARKS: dict[str, Callable[..., Json]] = {
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[..., Json]] = {
     "replicas": replicas.measure,
     "roofline": roofline.measure,
     "process": process.measure,
+    "shrink": shrink.measure,
 }
 TABLES: dict[str, Callable[[Json], Table]] = {
     "overhead": overhead.render,
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[Json], Table]] = {
     "replicas": replicas.render,
     "roofline": roofline.render,
     "process": process.render,
+    "shrink": shrink.render,
 }
 
 

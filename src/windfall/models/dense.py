@@ -5,8 +5,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from windfall.models.sizes import Width, check_images, scaled
-from windfall.spec import Spec
+from windfall.models.sizes import BlockStages, Width, check_images, scaled, staged
+from windfall.spec import Spec, later
 
 _BLOCKS = 3
 _GROWTH = 12  # channels that a layer adds
@@ -59,6 +59,7 @@ def _densenet(
         "conv1": nn.Conv2d(input_shape[0], channels, 3, padding=1, bias=False)
     }
     for block in range(1, _BLOCKS + 1):
+        growth = staged(_GROWTH, model.width, model.stages, block - 1)
         grown: dict[str, nn.Module] = {}
         for index in range(1, num_layers + 1):
             grown[f"layer{index}"] = _Layer(channels, growth, has_bottleneck=is_bc)
@@ -80,9 +81,16 @@ class Densenet_40(Spec):
     Between the blocks stand a 1 x 1 convolution that keeps the number of channels and a 2 x 2 mean.
 
     Source: Huang et al. 2017 (1608.06993), section 3 and Table 2 (L = 40, k = 12).
+
+    Args:
+        width: factor on all channels.
+        stages: three factors on the channels that each block's layers add, beside the width; None
+            is 1 for all. The first convolution stays as it is; what stands between two blocks
+            follows from what the block before gives.
     """
 
     width: Width = 1.0
+    stages: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `block1.layer1.branch.conv1`, ..., `output`."""
@@ -99,6 +107,7 @@ class Densenet_BC_100(Spec):
     """
 
     width: Width = 1.0
+    stages: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `block1.layer1.branch.conv1`, ..., `output`."""

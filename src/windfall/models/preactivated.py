@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from windfall.models.gates import Gate
-from windfall.models.sizes import Width, check_images, scaled
+from windfall.models.sizes import BlockStages, Width, check_images, scaled, staged
 from windfall.spec import Spec, later
 
 _CHANNELS = (16, 32, 64)  # of the three stages
@@ -20,21 +20,28 @@ class _Block(nn.Module):
         channels: of the inputs.
         convs: of the residual branch, in order.
         stride: of the whole block.
+        has_conv: the shortcut is a 1 x 1 convolution.
         is_gated: the branch is multiplied by a learned number.
     """
 
     def __init__(
-        self, channels: int, convs: list[nn.Conv2d], stride: int, *, is_gated: bool
+        self,
+        channels: int,
+        convs: list[nn.Conv2d],
+        stride: int,
+        *,
+        has_conv: bool,
+        is_gated: bool,
     ) -> None:
         super().__init__()
         for index, conv in enumerate(convs, start=1):
             self.add_module(f"norm{index}", nn.BatchNorm2d(conv.in_channels))
             self.add_module(f"relu{index}", nn.ReLU())
             self.add_module(f"conv{index}", conv)
-        made, self.num_convs = convs[-1].out_channels, len(convs)
+        self.num_convs = len(convs)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or made != channels:
-            conv = nn.Conv2d(channels, made, 1, stride, bias=False)
+        if has_conv:
+            conv = nn.Conv2d(channels, convs[-1].out_channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(OrderedDict(conv=conv))
         self.gate = Gate() if is_gated else None
 
@@ -50,18 +57,18 @@ class _Block(nn.Module):
         return hidden + self.shortcut(inputs)
 
 
-def _basic(channels: int, wide: int, stride: int) -> list[nn.Conv2d]:
+def _basic(channels: int, inner: int, made: int, stride: int) -> list[nn.Conv2d]:
     return [
-        nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False),
-        nn.Conv2d(wide, wide, 3, padding=1, bias=False),
+        nn.Conv2d(channels, inner, 3, stride, padding=1, bias=False),
+        nn.Conv2d(inner, made, 3, padding=1, bias=False),
     ]
 
 
-def _bottleneck(channels: int, wide: int, stride: int) -> list[nn.Conv2d]:
+def _bottleneck(channels: int, inner: int, made: int, stride: int) -> list[nn.Conv2d]:
     return [
-        nn.Conv2d(channels, wide, 1, bias=False),
-        nn.Conv2d(wide, wide, 3, stride, padding=1, bias=False),
-        nn.Conv2d(wide, _EXPANSION * wide, 1, bias=False),
+        nn.Conv2d(channels, inner, 1, bias=False),
+        nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False),
+        nn.Conv2d(inner, made, 1, bias=False),
     ]
 
 
@@ -72,19 +79,25 @@ def _preresnet(
 ) -> nn.Module:
     check_images(model, input_shape, len(_CHANNELS) - 1)
     is_deep = isinstance(model, Preresnet_164)
-    channels = scaled(_CHANNELS[0], model.width)
+    convs, times = (_bottleneck, _EXPANSION) if is_deep else (_basic, 1)
+    sizes = [times * scaled(size, model.width) for size in _CHANNELS]  # that blocks add to
+    made = [staged(size, 1.0, model.shared, stage) for stage, size in enumerate(sizes)]
+    channels = scaled(_CHANNELS[0], model.width) if is_deep else made[0]
     parts: dict[str, nn.Module] = {
         "conv1": nn.Conv2d(input_shape[0], channels, 3, padding=1, bias=False)
     }
-    for stage, size in enumerate(_CHANNELS, start=1):
-        wide = scaled(size, model.width)
+    for stage, size in enumerate(_CHANNELS):
+        inner = staged(size, model.width, model.stages, stage)
         blocks: dict[str, nn.Module] = {}
         for index in range(1, _BLOCKS + 1):
-            stride = 2 if stage > 1 and index == 1 else 1
-            convs = (_bottleneck if is_deep else _basic)(channels, wide, stride)
-            blocks[f"block{index}"] = _Block(channels, convs, stride, is_gated=model.gates)
-            channels = wide * _EXPANSION if is_deep else wide
-        parts[f"stage{stage}"] = nn.Sequential(OrderedDict(blocks))
+            stride = 2 if stage > 0 and index == 1 else 1
+            layers = convs(channels, inner, made[stage], stride)
+            has_conv = index == 1 and (stage > 0 or is_deep)
+            blocks[f"block{index}"] = _Block(
+                channels, layers, stride, has_conv=has_conv, is_gated=model.gates
+            )
+            channels = made[stage]
+        parts[f"stage{stage + 1}"] = nn.Sequential(OrderedDict(blocks))
     parts["norm"], parts["relu"] = nn.BatchNorm2d(channels), nn.ReLU()
     parts["mean"], parts["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     parts["output"] = nn.Linear(channels, num_classes)
@@ -100,12 +113,17 @@ class Preresnet_110(Spec):
     Source: He et al. 2016 (1603.05027), section 3 and Fig. 4(e).
 
     Args:
-        width: multiplies the numbers of channels.
+        width: factor on all channels.
         gates: multiply each block's residual branch by a learned number (`models.Gate`).
+        stages: three factors on each stage's channels inside its blocks, those between
+            convolutions, beside the width; None is 1 for all.
+        shared: the same on the channels that a stage's blocks add to.
     """
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -120,6 +138,8 @@ class Preresnet_164(Spec):
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""

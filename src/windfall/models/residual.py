@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from windfall.models.gates import Gate
-from windfall.models.sizes import Width, check_images, scaled
+from windfall.models.sizes import BlockStages, Width, check_images, staged
 from windfall.spec import Spec, later
 
 _CHANNELS = (16, 32, 64)  # of the three stages
@@ -23,14 +23,24 @@ def _shortcut(channels: int, wide: int, stride: int) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """relu(gate · norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
+    """relu(gate · norm(conv(relu(norm(conv(x))))) + shortcut(x)).
 
-    def __init__(self, channels: int, wide: int, stride: int, *, is_gated: bool) -> None:
+    Args:
+        channels: of the inputs.
+        inner: between the convolutions.
+        wide: of the outputs.
+        stride: of the whole block.
+        is_gated: the branch is multiplied by a learned number.
+    """
+
+    def __init__(
+        self, channels: int, inner: int, wide: int, stride: int, *, is_gated: bool
+    ) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, wide, stride)
-        self.norm1 = nn.BatchNorm2d(wide)
+        self.conv1 = _conv(channels, inner, stride)
+        self.norm1 = nn.BatchNorm2d(inner)
         self.relu1 = nn.ReLU()
-        self.conv2 = _conv(wide, wide)
+        self.conv2 = _conv(inner, wide)
         self.norm2 = nn.BatchNorm2d(wide)
         self.shortcut = _shortcut(channels, wide, stride)
         self.relu2 = nn.ReLU()
@@ -46,10 +56,12 @@ class _Block(nn.Module):
         return self.relu2(hidden + self.shortcut(inputs))
 
 
-def _stage(channels: int, wide: int, length: int, stride: int, *, is_gated: bool) -> nn.Module:
-    blocks = {"block1": _Block(channels, wide, stride, is_gated=is_gated)}
+def _stage(
+    channels: int, inner: int, wide: int, length: int, stride: int, *, is_gated: bool
+) -> nn.Module:
+    blocks = {"block1": _Block(channels, inner, wide, stride, is_gated=is_gated)}
     for index in range(2, length + 1):
-        blocks[f"block{index}"] = _Block(wide, wide, stride=1, is_gated=is_gated)
+        blocks[f"block{index}"] = _Block(wide, inner, wide, stride=1, is_gated=is_gated)
     return nn.Sequential(OrderedDict(blocks))
 
 
@@ -60,16 +72,18 @@ def _resnet(
     num_classes: int,
 ) -> nn.Module:
     check_images(model, input_shape, len(_CHANNELS) - 1)
-    channels = scaled(_CHANNELS[0], model.width)
+    channels = staged(_CHANNELS[0], model.width, model.shared, 0)
     parts: dict[str, nn.Module] = {
         "conv1": _conv(input_shape[0], channels),
         "norm1": nn.BatchNorm2d(channels),
         "relu1": nn.ReLU(),
     }
-    for stage, size in enumerate(_CHANNELS, start=1):
-        wide = scaled(size, model.width)
-        stride = 1 if stage == 1 else 2
-        parts[f"stage{stage}"] = _stage(channels, wide, length, stride, is_gated=model.gates)
+    for stage, size in enumerate(_CHANNELS):
+        inner = staged(size, model.width, model.stages, stage)
+        wide = staged(size, model.width, model.shared, stage)
+        stride = 1 if stage == 0 else 2
+        blocks = _stage(channels, inner, wide, length, stride, is_gated=model.gates)
+        parts[f"stage{stage + 1}"] = blocks
         channels = wide
     parts["mean"] = nn.AdaptiveAvgPool2d(1)
     parts["flatten"] = nn.Flatten()
@@ -88,12 +102,17 @@ class Resnet_20(Spec):
     1803.03635, Fig. 2 and section 4, which calls it Resnet-18.
 
     Args:
-        width: multiplies the numbers of channels.
+        width: factor on all channels.
         gates: multiply each block's residual branch by a learned number (`models.Gate`).
+        stages: three factors on each stage's channels inside its blocks, those between two
+            convolutions, beside the width; None is 1 for all.
+        shared: the same on the channels that a stage's blocks add to.
     """
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -108,6 +127,8 @@ class Resnet_56(Spec):
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -122,6 +143,8 @@ class Resnet_110(Spec):
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
+    stages: BlockStages = later(None, absent=None)
+    shared: BlockStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""

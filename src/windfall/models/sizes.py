@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from windfall.spec import Spec, SpecError, tag
 
@@ -10,9 +10,34 @@ from windfall.spec import Spec, SpecError, tag
 Width = Annotated[float, Field(gt=0)]
 
 
+def _counted(number: int, which: str) -> AfterValidator:
+    def check(stages: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if stages is not None and len(stages) != number:
+            raise ValueError(
+                f"must have {number} factors, one for each stage ({which}); got {len(stages)}"
+            )
+        return stages
+
+    return AfterValidator(check)
+
+
+# Of each stage, a factor on its channels beside the width; None is 1 for all.
+PoolStages = Annotated[tuple[Width, ...] | None, _counted(5, "what stands between two max-pools")]
+BlockStages = Annotated[tuple[Width, ...] | None, _counted(3, "the blocks on images of one size")]
+
+
 def scaled(size: int, width: float) -> int:
     """A layer's size, or number of channels, at a width."""
     return max(1, round(size * width))
+
+
+def staged(size: int, width: float, stages: tuple[float, ...] | None, stage: int) -> int:
+    """A number of channels at a width, times the factor of its stage, which counts from 0.
+
+    Rounded twice, so that the fraction that is kept of a network's channels gives their number.
+    """
+    whole = scaled(size, width)
+    return whole if stages is None else scaled(whole, stages[stage])
 
 
 def check_images(model: Spec, input_shape: tuple[int, ...], num_halvings: int) -> None:

@@ -1,28 +1,28 @@
 """VGG with batch normalization, in the form for small images: one linear layer at the end."""
 
 from collections import OrderedDict
+from typing import ClassVar
 
 from torch import nn
 
-from windfall.models.sizes import Width, check_images, scaled
-from windfall.spec import Spec
+from windfall.models.sizes import PoolStages, Width, check_images, staged
+from windfall.spec import Spec, later
 
 _CHANNELS = (64, 128, 256, 512, 512)  # of the five stages
 
 
 def _vgg(
     model: "Vgg_11 | Vgg_13 | Vgg_16 | Vgg_19",
-    lengths: tuple[int, ...],
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> nn.Module:
-    check_images(model, input_shape, len(lengths) - 1)
+    check_images(model, input_shape, len(_CHANNELS) - 1)
     channels, index = input_shape[0], 0
     parts: dict[str, nn.Module] = {}
-    for stage, (length, size) in enumerate(zip(lengths, _CHANNELS, strict=True)):
+    for stage, (length, size) in enumerate(zip(model.lengths, _CHANNELS, strict=True)):
         if stage > 0:
             parts[f"pool{stage}"] = nn.MaxPool2d(2)
-        wide = scaled(size, model.width)
+        wide = staged(size, model.width, model.stages, stage)
         for _ in range(length):
             index += 1
             # Normalization subtracts any bias again.
@@ -44,13 +44,19 @@ class Vgg_11(Spec):
 
     Source: Simonyan & Zisserman 2015 (1409.1556), Table 1, column A, its convolutions; the rest as
     of `Vgg_19`.
+
+    Args:
+        width: factor on all channels.
+        stages: five factors on each stage's channels beside it; None is 1 for all.
     """
 
+    lengths: ClassVar[tuple[int, ...]] = (1, 1, 2, 2, 2)  # convolutions of each stage
     width: Width = 1.0
+    stages: PoolStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv8`, `output`."""
-        return _vgg(self, (1, 1, 2, 2, 2), input_shape, num_classes)
+        return _vgg(self, input_shape, num_classes)
 
 
 class Vgg_13(Spec):
@@ -59,11 +65,13 @@ class Vgg_13(Spec):
     Source: Simonyan & Zisserman 2015 (1409.1556), Table 1, column B, as `Vgg_11`.
     """
 
+    lengths: ClassVar[tuple[int, ...]] = (2, 2, 2, 2, 2)  # convolutions of each stage
     width: Width = 1.0
+    stages: PoolStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv10`, `output`."""
-        return _vgg(self, (2, 2, 2, 2, 2), input_shape, num_classes)
+        return _vgg(self, input_shape, num_classes)
 
 
 class Vgg_16(Spec):
@@ -72,11 +80,13 @@ class Vgg_16(Spec):
     Source: Simonyan & Zisserman 2015 (1409.1556), Table 1, column D, as `Vgg_11`.
     """
 
+    lengths: ClassVar[tuple[int, ...]] = (2, 2, 3, 3, 3)  # convolutions of each stage
     width: Width = 1.0
+    stages: PoolStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv13`, `output`."""
-        return _vgg(self, (2, 2, 3, 3, 3), input_shape, num_classes)
+        return _vgg(self, input_shape, num_classes)
 
 
 class Vgg_19(Spec):
@@ -86,8 +96,10 @@ class Vgg_19(Spec):
     column E, its convolutions.
     """
 
+    lengths: ClassVar[tuple[int, ...]] = (2, 2, 4, 4, 4)  # convolutions of each stage
     width: Width = 1.0
+    stages: PoolStages = later(None, absent=None)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv16`, `output`."""
-        return _vgg(self, (2, 2, 4, 4, 4), input_shape, num_classes)
+        return _vgg(self, input_shape, num_classes)
