@@ -2,7 +2,7 @@
 
 A member but `Weights` finds a network's groups, and says which of them may lose something.
 
-Channels(exclude=("conv1.weight",)).of(tracing.trace(network, (3, 32, 32)))
+    Channels(exclude=("conv1.weight",)).of(tracing.trace(network, (3, 32, 32)))
 """
 
 import fnmatch
