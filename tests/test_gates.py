@@ -288,6 +288,13 @@ def test_blocks_of_ones_own_may_hold_any_layer():
         "blocks.0.branch.0.weight", "blocks.0.branch.0.bias",
         "blocks.0.branch.1.weight", "blocks.0.branch.1.bias", "blocks.0.gate.weight",
     ]  # fmt: skip
+    network, given = Listening(), torch.rand(3, 4)
+    kept = structure.shrunk(tensors(network), [group], {"blocks": torch.tensor([False, True])})
+    smaller = structure.resized(network, structure.shapes(kept))
+    smaller.load_state_dict(kept)
+    assert smaller.blocks[0].branch[0].weight.shape == (0,)
+    nn.init.zeros_(network.blocks[0].gate.weight)
+    assert torch.equal(smaller(given), network(given))
 
 
 def test_a_network_without_gates_is_refused_before_anything_is_trained():

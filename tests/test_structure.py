@@ -1,147 +1,14 @@
-"""Channels that live and die together, and networks without them."""
+"""Networks without some of their channels."""
 
 import math
-import sys
-import time
 
 import pytest
 import torch
+from networks import NETWORKS, SMALL, Grouped
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
-from windfall import limits, models, seeds, structure, tracing
-from windfall.spec import SpecError
-
-CIFAR, SMALL = (3, 32, 32), (3, 6, 6)
-
-
-class Grouped(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 12, 3, padding=1)
-        self.grouped = nn.Conv2d(12, 24, 3, padding=2, dilation=2, groups=4)
-        self.norm = nn.BatchNorm2d(24)
-        self.depthwise = nn.Conv2d(24, 24, 3, stride=2, groups=24, padding=1)
-        self.last = nn.Conv2d(24, 8, 1)
-        self.output = nn.Linear(8 * 9, 5)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.grouped(self.first(x))))
-        x = torch.sigmoid(self.last(F.relu(self.depthwise(x))))  # not 0 at 0
-        return self.output(x.flatten(1))
-
-
-class Gated(nn.Module):
-    """An addition, and channels multiplied by what a linear layer makes of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.c, self.slopes = nn.Conv2d(8, 6, 3), nn.PReLU(6)
-        self.gate, self.output = nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = F.gelu(self.a(x))
-        x = self.slopes(self.c(x + self.b(x)))
-        x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
-        return self.output(x.mean((2, 3)))
-
-
-class Concatenated(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 4, 3, padding=1)
-        self.norm, self.c = nn.BatchNorm2d(9), nn.Conv2d(9, 6, 1)
-        self.output = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = self.norm(torch.cat([self.a(x), self.b(x)], 1))
-        return self.output(F.relu(self.c(x)).mean((2, 3)))
-
-
-class Shuffled(nn.Module):
-    """Channels that change places, which the proposed groups do not follow."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.output = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.a(x)
-        n, c, h, w = x.shape
-        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-        return self.output(F.relu(self.b(x)).mean((2, 3)))
-
-
-class Transformer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(6, 16)
-        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
-        self.output = nn.Linear(16, 5)
-
-    def forward(self, x):
-        return self.output(self.block(self.embed(x)).mean(1))
-
-
-class Softmaxed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.output = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 5)
-
-    def forward(self, x):
-        return self.output(self.b(torch.softmax(self.a(x), -1)))
-
-
-class Detached(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.output = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.output(torch.relu(self.b(self.a(x).data)))
-
-
-class Tied(nn.Module):
-    """Two layers of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.c.weight, self.d, self.output = self.b.weight, nn.Linear(8, 7), nn.Linear(7, 5)
-
-    def forward(self, x):
-        return self.output(self.d(torch.relu(self.c(torch.relu(self.b(self.a(x)))))))
-
-
-class Graphless(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.output = nn.Linear(6, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        with torch.no_grad():
-            return self.output(self.a(x))
-
-
-def zoo(member, width):
-    return lambda: member(width=width).build(CIFAR, 10)
-
-
-NETWORKS = {
-    "lenet": (zoo(models.Lenet_300_100, 0.1), CIFAR),
-    "conv-4": (zoo(models.Conv_4, 0.125), CIFAR),
-    "vgg-16": (zoo(models.Vgg_16, 0.0625), CIFAR),
-    "resnet-20": (zoo(models.Resnet_20, 0.5), CIFAR),
-    "preresnet-164": (zoo(models.Preresnet_164, 0.25), CIFAR),
-    "densenet-40": (zoo(models.Densenet_40, 0.34), CIFAR),
-    "grouped": (Grouped, SMALL),
-    "gated": (Gated, SMALL),
-    "concatenated": (Concatenated, SMALL),
-    "transformer": (Transformer, (3, 6)),
-}
+from windfall import seeds, structure, tracing
 
 
 def drawn(build):
@@ -260,145 +127,18 @@ def test_a_layer_of_another_kind_is_not_resized():
         structure.resized(network, wanted)
 
 
-# -- the groups ------------------------------------------------------------------------------------
-
-
-def groups_of(build, shape):
-    return {group.name: group for group in tracing.trace(build(), shape)}
-
-
-def test_the_blocks_of_a_stage_lose_channels_together():
-    found = groups_of(zoo(models.Resnet_20, 1.0), CIFAR)
-    first = [f"stage{s}.block{b}.conv1.weight" for s in (1, 2, 3) for b in (1, 2, 3)]
-    assert set(found) == {
-        "conv1.weight", "stage2.block1.conv2.weight", "stage3.block1.conv2.weight", *first
-    }  # fmt: skip
-    assert [found[name].makers for name in first] == [{name: 0} for name in first]
-    assert tuple(found["conv1.weight"].makers) == (
-        "conv1.weight", *(f"stage1.block{b}.conv2.weight" for b in (1, 2, 3))
-    )  # fmt: skip
-    assert tuple(found["stage2.block1.conv2.weight"].makers) == (
-        "stage2.block1.conv2.weight",
-        "stage2.block1.shortcut.conv.weight",
-        "stage2.block2.conv2.weight",
-        "stage2.block3.conv2.weight",
-    )
-    assert [found[name].size for name in ("conv1.weight", "stage3.block1.conv1.weight")] == [16, 64]
-
-
-def test_groups_come_in_the_order_of_their_layers():
-    network = models.Resnet_20().build(CIFAR, 10)
-    place = {name: index for index, (name, _) in enumerate(network.named_parameters())}
-    names = [group.name for group in tracing.trace(network, CIFAR)]
-    assert names == sorted(names, key=place.__getitem__)
-
-
-def test_every_later_layer_of_a_dense_block_loses_what_it_is_given():
-    found = groups_of(zoo(models.Densenet_40, 1.0), CIFAR)
-    assert [found[f"block1.layer{i}.branch.conv1.weight"].size for i in (1, 12)] == [12, 12]
-    readers = [slot.tensor for slot in found["conv1.weight"].slots if slot.axis == 1]
-    layers = [f"block1.layer{i}.branch.conv1.weight" for i in range(1, 13)]
-    assert sorted(readers) == sorted([*layers, "transition1.conv.weight"])
-
-
-def test_channels_of_a_grouped_convolution_go_with_those_of_its_other_groups():
-    found = groups_of(Grouped, SMALL)
-    assert {name: group.size for name, group in found.items()} == {
-        "first.weight": 3, "grouped.weight": 6, "last.weight": 8
-    }  # fmt: skip
-    made = next(s for s in found["first.weight"].slots if s.tensor == "first.weight")
-    assert made.places == ((0, 3, 6, 9), (1, 4, 7, 10), (2, 5, 8, 11))
-    read = next(s for s in found["first.weight"].slots if s.tensor == "grouped.weight")
-    assert (read.axis, read.places) == (1, ((0,), (1,), (2,)))
-
-
-def test_a_flattened_channel_is_all_its_pixels():
-    found = groups_of(Grouped, SMALL)["last.weight"]
-    read = next(slot for slot in found.slots if slot.tensor == "output.weight")
-    assert read.places[2] == tuple(range(18, 27))
-
-
-def test_a_channel_that_a_gate_multiplies_goes_with_the_gates():
-    assert groups_of(Gated, SMALL)["c.weight"].makers == {"c.weight": 0, "gate.weight": 0}
-
-
-@pytest.mark.parametrize(
-    ("build", "shape", "names"),
-    [
-        (Shuffled, SMALL, ["b.weight"]),
-        (Softmaxed, (6,), ["b.weight"]),
-        (Tied, (6,), ["d.weight"]),
-        (Transformer, (3, 6), ["block.linear1.weight"]),
-    ],
-)
-def test_what_cannot_be_removed_is_left_out(build, shape, names):
-    assert list(groups_of(build, shape)) == names
-
-
-def test_the_network_is_left_as_it_was():
-    network = models.Resnet_20(width=0.25).build(CIFAR, 10).train()
-    before = {name: tensor.clone() for name, tensor in tensors(network).items()}
-    network.conv1.weight.requires_grad_(False)
-    tracing.trace(network, CIFAR)
-    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(network).items())
-    assert network.training
-    assert not network.conv1.weight.requires_grad
-
-
-# -- what is refused -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("build", "why"),
-    [
-        (Graphless, r"Graphless is not: no gradient reaches anything from its outputs"),
-        (Detached, r"Detached is not: `a.weight` is used, but no gradient reaches it"),
-        (lambda: nn.Sequential(nn.Linear(6, 5)), r"none of its layers has channels"),
-        (lambda: nn.Linear(6, 5), r"Linear is not: none of its layers has channels"),
-    ],
-)
-def test_a_network_that_cannot_be_followed_is_refused_by_name(build, why):
-    with pytest.raises(SpecError, match=why):
-        tracing.trace(build(), (6,))
-
-
-def test_following_a_network_is_not_hung_on(monkeypatch):
-    def endless(*_, **__):
-        while True:
-            time.sleep(0.01)
-
-    monkeypatch.setattr(tracing, "TRACE_SECONDS", 0.2)
-    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", endless)
-    with pytest.raises(SpecError, match=r"following it took more than 0\.2 seconds"):
-        tracing.trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (6,))
-
-
-def test_following_a_network_takes_a_bounded_amount_of_memory(monkeypatch):
-    def greedy(*_, **__):
-        held = []
-        while True:
-            held.append(bytearray(2**20))
-
-    monkeypatch.setattr(tracing, "TRACE_BYTES", 2**28)
-    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", greedy)
-    with pytest.raises(SpecError, match=r"following it took more than 0\.25 GiB of memory"):
-        tracing.trace(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (6,))
-
-
-def test_what_is_within_its_limits_is_left_alone():
-    with limits.within(60, 2**30):
-        pass
-    with pytest.raises(ZeroDivisionError), limits.within(60, 2**30):
-        raise ZeroDivisionError
-
-
-def test_one_long_call_is_told_when_it_returns():
-    late = pytest.raises(limits.OverLimit, match=r"took more than 0\.1 seconds")
-    with late, limits.within(0.1, 2**30):
-        time.sleep(0.3)
-
-
-def test_a_torch_pruning_that_cannot_be_imported_is_told_in_one_message(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(SpecError, match="torch-pruning, which must be importable; it raised"):
-        tracing.trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (4,))
+def test_a_network_newly_made_without_channels_begins_as_its_constructors_make_it():
+    """Normalization keeps its values where it stays; a layer's range is that of its own size."""
+    with seeds.isolated(0, "test"):
+        network = Grouped()
+        network.norm.weight.data = torch.arange(1.0, 25.0)
+        groups = tracing.trace(network, SMALL)
+        channels = half(groups)
+        made = structure.newly(network, groups, channels)
+    kept = structure.shrunk(tensors(network), groups, channels)
+    assert structure.shapes(tensors(made)) == structure.shapes(kept)
+    assert torch.equal(made.norm.weight, kept["norm.weight"])
+    assert bool((made.norm.running_var == 1).all())
+    for layer, fan_in in ((made.first, 27), (made.grouped, 18), (made.output, 36)):
+        assert 0.7 * fan_in**-0.5 < float(layer.weight.detach().abs().max()) <= fan_in**-0.5
+    assert network.first.out_channels == 12
