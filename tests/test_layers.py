@@ -17,8 +17,8 @@ LAYERS = {
     "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
     "tickets, arms",
     "studies": "stats, study, suite, settings, states, store, worker, service, schedule, execute",
-    "outside": "latency, workload, trials, pace, costs, words, findings, patterns, tables, "
-    "overview, plots, page, display, bench, parcels, formats, exports, verbs, cli",
+    "outside": "latency, prospects, workload, trials, pace, costs, words, findings, patterns, "
+    "tables, overview, plots, page, display, bench, parcels, formats, exports, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

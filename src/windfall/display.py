@@ -194,7 +194,32 @@ def plan(document: Json) -> RenderableType:
     reason = document["engine_reason"]
     why = [] if reason is None else [Text(f"Note: {reason}", style="dim")]
     cases = document.get("cases", {"": document})
-    return Group(*(_planned(each) for each in cases.values()), Text(told), *why)
+    tables = [each for one in cases.values() for each in (_planned(one), *_prospects(one))]
+    return Group(*tables, Text(told), *why)
+
+
+def _prospects(document: Json) -> list[RenderableType]:
+    """How fast the network would be without its channels, and where that is no faster."""
+    rows = document.get("latency", [])
+    if not rows:
+        return []
+    table = Table(
+        title="A pass through what would stay, untrained, timed here on one thread",
+        caption=Text("median [quartiles], of ratios [95 % interval]"),
+    )
+    for column in ("level", "batch", "FLOPs ratio", "dense", "smaller", "time ratio", "it is"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        low, high = row["ratio"]["interval"]
+        table.add_row(
+            str(row["level"]),
+            str(row["batch_size"]),
+            f"{row['flops_ratio']:.3g}",
+            *(escape(_milliseconds(row[name])) for name in ("before", "after")),
+            escape(f"{row['ratio']['median']:.3f} [{low:.3f}, {high:.3f}]"),
+            "not faster" if row["after_is"] == "same" else row["after_is"],
+        )
+    return [table]
 
 
 def _planned(document: Json) -> Table:

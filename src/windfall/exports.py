@@ -19,7 +19,6 @@ from windfall import compact, flops, formats, latency, seeds, structure, words
 from windfall import masks as masking
 from windfall.data import Dataset
 from windfall.formats import Compute
-from windfall.latency import Latency
 from windfall.masks import Params
 from windfall.models import UserModel, kinds
 from windfall.runs import Pruned, Run
@@ -290,7 +289,7 @@ def _measured(before: nn.Module, after: nn.Module, shape: tuple[int, ...]) -> Js
             **{name: 2 * sum(each.values()) for name, each in costs.items()},
             "nonzero": 2 * sum(nonzero.values()),
         },
-        "latency": [_row(size, each) for size, each in times.items()],
+        "latency": [latency.compared(size, *each.values()) for size, each in times.items()],
         "threads": 1,
         "memory": {
             "tensors": {name: latency.tensor_bytes(each) for name, each in networks.items()},
@@ -300,20 +299,6 @@ def _measured(before: nn.Module, after: nn.Module, shape: tuple[int, ...]) -> Js
                 for size in BATCH_SIZES
             ],
         },
-    }
-
-
-def _row(batch_size: int, times: dict[str, Latency]) -> Json:
-    ratio = times["after"].over(times["before"])
-    return {
-        "batch_size": batch_size,
-        **{
-            name: {"median": each.median, "quartiles": list(each.quartiles)}
-            for name, each in times.items()
-        },
-        "num_rounds": len(times["before"].rounds),
-        "ratio": {"median": ratio.median, "interval": [ratio.low, ratio.high]},
-        "after_is": ratio.word,
     }
 
 

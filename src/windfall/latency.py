@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from windfall import seeds
+from windfall.spec import Json
 
 ROUND_SECONDS = 2e-3  # of one network in a round, at least: a look at the clock takes 1e-7
 MIN_ROUNDS, MAX_ROUNDS = 11, 101  # an interval of fewer says little; of more, no more
@@ -164,6 +165,28 @@ def _seconds(run: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         run()
     return time.perf_counter() - begun
+
+
+def compared(batch_size: int, before: Latency, after: Latency) -> Json:
+    """What two networks of one measurement take, as a JSON-able row.
+
+    Returns:
+        batch_size; of `before` and `after` each the median and quartiles, seconds; num_rounds;
+        ratio, of the latter over the former, with its median and 95 % interval; after_is, `faster`,
+        `same` or `slower`.
+    """
+    ratio = after.over(before)
+    times = {"before": before, "after": after}
+    return {
+        "batch_size": batch_size,
+        **{
+            name: {"median": each.median, "quartiles": list(each.quartiles)}
+            for name, each in times.items()
+        },
+        "num_rounds": len(before.rounds),
+        "ratio": {"median": ratio.median, "interval": [ratio.low, ratio.high]},
+        "after_is": ratio.word,
+    }
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -243,6 +243,17 @@ class Network:
         return counts | _evenly(counts, sizes)
 
     def _beside_channels(self, prune: Prune, level: int) -> dict[str, int | Fraction]:
+        left = self.smaller(prune, level)
+        return {name: math.prod(left[name]) for name in self.sizes}
+
+    def smaller(self, prune: Prune, level: int) -> dict[str, tuple[int, ...]]:
+        """The shapes that a level leaves of all tensors, where channels or blocks are pruned.
+
+        What only training tells is taken to be even, as in `kept`.
+
+        Raises:
+            SpecError: when a group would be emptied; the message names it.
+        """
         assert not isinstance(prune.structure, Weights)
         sizes = {name: group.size for name, group in prune.structure.of(self.groups).items()}
         counts = prune.selection.counts(sizes, self.kinds, level)
@@ -250,12 +261,14 @@ class Network:
         stay = {group.name: group.size for group in self.groups} | counts | even
         channels = {group.name: _spread(group.size, stay[group.name]) for group in self.groups}
         like = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
-        left = {
-            name: math.prod(int(positions.sum()) for positions in axes.values())
-            * math.prod(n for axis, n in enumerate(self.shapes[name]) if axis not in axes)
-            for name, axes in structure.alive(self.groups, channels, like).items()
+        alive = structure.alive(self.groups, channels, like)
+        return {
+            name: tuple(
+                int(alive[name][axis].sum()) if axis in alive.get(name, {}) else size
+                for axis, size in enumerate(shape)
+            )
+            for name, shape in self.shapes.items()
         }
-        return {name: left.get(name, size) for name, size in self.sizes.items()}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from windfall import costs, exports, overview, patterns, tables
 from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.exports import Export
 from windfall.findings import Findings, Table
+from windfall.prospects import prospects
 from windfall.settings import bundled, key, load
 from windfall.spec import Json, SpecError, nearest
 from windfall.store import Lab, write_whole
@@ -248,6 +249,8 @@ def plan(
 ) -> Json:
     """The runs a study needs, which are stored, and what the rest costs; nothing is started.
 
+    Where channels or blocks are to be removed, also how fast the smaller network would be here.
+
     Args:
         study: as in `run`.
         settings: as in `run`.
@@ -261,6 +264,7 @@ def plan(
         graph = expand(each)
         num, device = workers or num_cores(), pick_device("auto")
         plans[case] = costs.estimate(graph, known, num, device, beside=before)
+        plans[case]["latency"] = prospects(graph)
         before |= graph.runs.keys()
     if not isinstance(chosen, Suite):
         return plans[""]
