@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_structure import NETWORKS, Detached, Shuffled, batch, drawn, tensors
+from networks import NETWORKS, Detached, Shuffled
+from test_structure import batch, drawn, tensors
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
