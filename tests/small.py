@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from windfall import worker
+from windfall.graph import Graph, expand
 from windfall.store import Lab
-from windfall.study import Graph, Study, expand
+from windfall.study import Study
 
 RECIPE: dict[str, Any] = {
     "optimizer": "adam",

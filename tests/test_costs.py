@@ -11,10 +11,11 @@ import test_tables as filled
 import torch
 from torch import nn
 
-from windfall import costs, display, models, pace, seeds, study, tables, trials, verbs, words
+from windfall import costs, display, models, pace, seeds, tables, trials, verbs, words
 from windfall.engines.sparse import graph, pack
 from windfall.engines.sparse.program import Program
 from windfall.engines.sparse.training import rule
+from windfall.graph import expand
 from windfall.pace import Pace
 from windfall.store import Lab
 from windfall.train import Adam, Recipe, Sgd
@@ -319,7 +320,7 @@ def test_a_short_study_is_told_by_typical_figures_a_long_one_has_the_machine_mea
 
 def stored(tmp_path, **changes):
     """A lab with made-up records of all runs: 1.5 s each, on the separate engine."""
-    of = study.expand(filled.study(engine="separate", **changes))
+    of = expand(filled.study(engine="separate", **changes))
     lab = Lab(tmp_path / "lab")
     filled.fill(lab, of, filled.noisy)
     return of, lab
@@ -340,7 +341,7 @@ def test_stored_runs_of_other_levels_set_the_pace_right(tmp_path, monkeypatch):
     known(monkeypatch)
     of, lab = stored(tmp_path)
     other = filled.study(engine="separate", levels=3)
-    found = costs.costs(study.expand(other), lab, "cpu")
+    found = costs.costs(expand(other), lab, "cpu")
     deeper = [a for a in found.missing if found.graph.runs[a].start.level == 3]
     seconds, source = found.seconds(deeper[0])
     assert source == "this machine's pace"
@@ -395,7 +396,7 @@ def test_a_study_keeps_what_was_estimated_beside_what_was_measured(tmp_path, mon
 
 
 def test_a_study_cut_short_keeps_its_estimate_alone(tmp_path):
-    of = study.expand(filled.study())
+    of = expand(filled.study())
     told = {"runs": 3, "total_seconds": 9.0, "seconds": 5.0, "from": "stored runs",
             "measured_total_seconds": None, "measured_seconds": None}  # fmt: skip
     assert costs.measured(told, [], 4.0) == told

@@ -23,12 +23,12 @@ from windfall import (
 )
 from windfall.cli import app
 from windfall.findings import Findings
+from windfall.graph import expand
 from windfall.initialize import GlorotNormal, initial_parameters
 from windfall.pace import Pace
 from windfall.sparsity import ScalePenalty
 from windfall.spec import SpecError
 from windfall.store import Lab
-from windfall.study import expand
 from windfall.worker import Workshop
 
 SHORT = {"steps": 4, "eval_every": 2, "learning_rate": 1e-3}

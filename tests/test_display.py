@@ -7,7 +7,8 @@ from rich.console import Console
 from test_tables import fill, noisy
 from test_tables import study as small
 
-from windfall import display, study, tables, verbs
+from windfall import display, tables, verbs
+from windfall.graph import expand
 from windfall.schedule import Progress
 from windfall.store import Lab
 
@@ -26,7 +27,7 @@ def test_a_duration_reads_naturally(seconds, told):
 
 
 def test_the_tables_show_what_the_document_holds(tmp_path):
-    graph, lab = study.expand(small()), Lab(tmp_path / "lab")
+    graph, lab = expand(small()), Lab(tmp_path / "lab")
     fill(lab, graph, noisy)
     document = tables.summary(tables.outline(graph), lab)
     told = printed(display.result(document))

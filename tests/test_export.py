@@ -15,10 +15,10 @@ from torch import nn
 
 import windfall
 from windfall import exports, formats, latency, parcels, settings, structure, tables, tracing, verbs
+from windfall.graph import expand
 from windfall.runs import Run
 from windfall.spec import SpecError, digest
 from windfall.store import Lab
-from windfall.study import expand
 
 SHORT = {"steps": 6, "eval_every": 3}
 SPARSE = {"selection": {"hidden": 0.85, "convolution": 0.6, "output": 0.5}}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from windfall import flops, models, seeds, structure, tables, tracing
-from windfall.study import expand
+from windfall.graph import expand
 
 SHAPE = (1, 8, 8)
 

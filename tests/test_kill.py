@@ -27,10 +27,11 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 # all that takes long to import: a start costs what the study itself costs, and its workers.
 STARTER = """
 import functools, os, sys
-from windfall import cli, execute, settings, study, verbs
+from windfall import cli, execute, settings, verbs
+from windfall.graph import expand
 
 verbs.execute = functools.partial(execute.execute, checkpoint_seconds=0.05)
-study.expand(settings.load("small.toml"))
+expand(settings.load("small.toml"))
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:

@@ -16,7 +16,8 @@ LAYERS = {
     "architecture, reconstruction, evidence, filters, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
     "tickets, arms",
-    "studies": "stats, study, suite, settings, states, store, worker, service, schedule, execute",
+    "studies": "stats, study, graph, suite, settings, states, store, worker, service, schedule, "
+    "execute",
     "outside": "latency, prospects, workload, trials, pace, costs, words, findings, patterns, "
     "tables, overview, plots, page, display, bench, parcels, formats, exports, verbs, cli",
 }

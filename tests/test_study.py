@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from windfall import flops, masks, models, settings, spec, study
+from windfall import flops, masks, models, settings, spec
 from windfall.arms import Dense, Finetune, OtherInit, OtherOrder, Random, Reinit, Rewind, Shuffled
 from windfall.arms import Ticket as TicketArm
-from windfall.data import Digits, Gaussian, tensors
+from windfall.data import Data, Digits, Gaussian, tensors
 from windfall.data import load as load_data
+from windfall.graph import expand, root
 from windfall.initialize import GlorotNormal, Orthogonal, TorchDefault
 from windfall.models import Conv_2, Conv_4, Mlp
 from windfall.prune import Continue, LearningRate, Prune, ToStep
@@ -21,7 +22,7 @@ from windfall.runs import Fresh, Pruned
 from windfall.selection import Global, Layerwise, uniform
 from windfall.settings import load
 from windfall.spec import SpecError
-from windfall.study import Study, expand
+from windfall.study import Study
 from windfall.suite import Suite
 from windfall.train import Adam, Cosine, Recipe, Sgd
 
@@ -246,8 +247,8 @@ class TestSnapshots:
         graph, kept = self.kept(arms=(Rewind(to=ToStep(step=9)),))
         assert len(kept) == 2
         for address in graph.runs:
-            assert graph.runs[study.root(graph.runs, address)].parent is None
-            assert study.root(graph.runs, address) in kept
+            assert graph.runs[root(graph.runs, address)].parent is None
+            assert root(graph.runs, address) in kept
 
 
 # -- what a run costs -------------------------------------------------------------------------
@@ -538,7 +539,7 @@ def test_settings_by_path_mean_what_python_and_toml_mean(written):
         update={
             "num_seeds": 3,
             "model": Conv_4(),
-            "data": spec.decode(study.Data, {"kind": "cifar10", "split_seed": 5}),
+            "data": spec.decode(Data, {"kind": "cifar10", "split_seed": 5}),
             "arms": (Dense(), Rewind(to=ToStep(step=5))),
             "levels": 2,
             "verdict_level": 1,

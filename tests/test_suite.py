@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from windfall import cli, overview, settings, verbs, words
+from windfall.graph import expand
 from windfall.spec import SpecError
-from windfall.study import expand
 from windfall.suite import Suite
 
 TOML = """

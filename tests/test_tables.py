@@ -9,8 +9,9 @@ import torch
 from windfall import masks as masking
 from windfall import seeds, stats, tables
 from windfall.findings import Table
+from windfall.graph import Graph, expand
 from windfall.store import Lab, Record, now
-from windfall.study import Graph, Study, expand
+from windfall.study import Study
 from windfall.train import Evaluation, State
 
 ARMS = ("ticket", "reinit", "shuffled", "random", "finetune")

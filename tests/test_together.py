@@ -23,10 +23,10 @@ from windfall import execute as executor
 from windfall.engines import stacked
 from windfall.engines.contract import Unsupported
 from windfall.execute import execute
+from windfall.graph import Graph
 from windfall.schedule import Outcome, Progress, Queue, Unit, engines
 from windfall.spec import SpecError
 from windfall.store import Lab
-from windfall.study import Graph
 from windfall.worker import Job, Stopped, Workshop
 
 REWIND = {"kind": "rewind", "to": {"kind": "to-step", "step": 20}}

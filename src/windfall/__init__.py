@@ -13,7 +13,7 @@ Your own network and data:
 
 The map, in the order of reading: `spec`, `seeds` (ground); `masks`, `initialize`, `models`,
 `flops`, `architecture`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`,
-`engines`, `tickets`, `arms` (laboratory); `stats`, `study`, `suite`, `store`, `execute` (studies);
+`engines`, `tickets`, `arms` (laboratory); `stats`, `study`, `graph`, `suite`, `store`, `execute` (studies);
 `tables`, `plots`, `page`, `exports`, `cli` (outside).
 """
 

@@ -13,11 +13,11 @@ from functools import cached_property
 
 from windfall import data, pace, schedule, seeds
 from windfall.engines.rule import Choice, Name
+from windfall.graph import Graph
 from windfall.pace import Pace
 from windfall.runs import Pruned, Run
 from windfall.spec import Json, digest
 from windfall.store import Lab, Record
-from windfall.study import Graph
 from windfall.train import Recipe
 from windfall.workload import Training, Workload
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from windfall.graph import Graph
 from windfall.models import is_importable
 from windfall.schedule import Outcome, Progress, Queue, Unit, engines
 from windfall.spec import Json, SpecError, canonical
 from windfall.store import Lab
-from windfall.study import Graph
 from windfall.worker import CHECKPOINT_SECONDS, Stopped, Workshop, ended
 
 GRACE_SECONDS = 20.0  # for workers to save their checkpoints after Ctrl-C, before they are killed

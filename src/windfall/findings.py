@@ -11,10 +11,10 @@ from typing import Any
 from windfall import flops, seeds, stats
 from windfall import masks as masking
 from windfall.arms import EFFECTS, Effect
+from windfall.graph import Node
 from windfall.masks import Masks
 from windfall.spec import Json
 from windfall.store import Lab
-from windfall.study import Node
 from windfall.train import early_stop
 
 TRAINING = ("test_accuracy", "test_accuracy_at_early_stop", "early_stop_step")

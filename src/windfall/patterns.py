@@ -11,11 +11,11 @@ from typing import Any, Literal
 from windfall import architecture
 from windfall.architecture import Pattern
 from windfall.findings import Findings
+from windfall.graph import Node
 from windfall.masks import Masks
 from windfall.models import Model, stages
 from windfall.spec import Json, SpecError, members
 from windfall.structure import Unit
-from windfall.study import Node
 
 # Arms on the mask that the ticket chain found, which are all the same; then a chain of its own.
 MASKED = (

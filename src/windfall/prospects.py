@@ -9,8 +9,8 @@ do not change what a pass takes.
 import sys
 
 from windfall import flops, latency, seeds, structure
+from windfall.graph import Graph
 from windfall.spec import Json
-from windfall.study import Graph
 
 BATCH_SIZES = (1, 64)
 SECONDS = 1.0  # of measuring a batch size

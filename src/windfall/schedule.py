@@ -11,10 +11,10 @@ from torch import nn
 
 from windfall import seeds
 from windfall.engines.rule import Choice, choose
+from windfall.graph import Graph
 from windfall.models import Model
 from windfall.runs import Pruned
 from windfall.store import Lab
-from windfall.study import Graph
 from windfall.worker import Job
 
 Unit = tuple[str, ...]

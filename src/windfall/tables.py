@@ -13,9 +13,9 @@ from windfall import patterns, stats, words
 from windfall.architecture import num_parameters
 from windfall.arms import DESIGNS
 from windfall.findings import Findings
+from windfall.graph import Graph, Node
 from windfall.spec import Json
 from windfall.store import Lab, Record
-from windfall.study import Graph, Node
 
 
 def outline(graph: Graph) -> Json:

@@ -17,11 +17,12 @@ from windfall import costs, exports, overview, patterns, tables
 from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.exports import Export
 from windfall.findings import Findings, Table
+from windfall.graph import Graph, expand
 from windfall.prospects import prospects
 from windfall.settings import bundled, key, load
 from windfall.spec import Json, SpecError, nearest
 from windfall.store import Lab, write_whole
-from windfall.study import Graph, Study, expand
+from windfall.study import Study
 from windfall.suite import Suite
 
 Settings = Mapping[str, Any]
