@@ -80,12 +80,20 @@ def test_a_setting_changes_every_case_and_one_below_axes_changes_one(toml):
             r"`axes.method` must name its cases; got 'magnitud'.*Did you",
         ),
         ({"axes.rate.small": 3}, r"`axes.rate` must be a table of what each of its cases changes"),
-        ({"axes.rate.small.recipe.steps": 0}, r"`recipe.steps` must"),
+        ({"axes.rate": 3}, r"`axes.rate` must name its cases; got 3"),
+        ({"axes.rate.small.recipe.steps": 0}, r"Case l1-norm-small: `recipe.steps` must"),
     ],
 )
 def test_what_a_suite_cannot_be_is_told_by_name(toml, changes, told):
     with pytest.raises(SpecError, match=told):
         settings.load(toml, changes)
+
+
+def test_a_case_that_cannot_be_expanded_is_named_and_nothing_is_started(toml, tmp_path):
+    changes = {"axes.method.l1-norm.prune.selection.hidden": 0.99}
+    with pytest.raises(SpecError, match=r"^Case l1-norm-standard: `prune` must leave every layer"):
+        verbs.run(toml, changes, lab=tmp_path / "lab")
+    assert not (tmp_path / "lab").exists()
 
 
 def test_a_study_without_axes_has_none_to_narrow():

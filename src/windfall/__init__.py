@@ -13,8 +13,8 @@ Your own network and data:
 
 The map, in the order of reading: `spec`, `seeds` (ground); `masks`, `initialize`, `models`,
 `flops`, `architecture`, `criteria`, `selection`, `prune` (mathematics); `data`, `train`, `runs`,
-`engines`, `tickets`, `arms` (laboratory); `stats`, `study`, `graph`, `suite`, `store`, `execute` (studies);
-`tables`, `plots`, `page`, `exports`, `cli` (outside).
+`engines`, `tickets`, `arms` (laboratory); `stats`, `study`, `graph`, `suite`, `store`, `execute`
+(studies); `tables`, `plots`, `page`, `exports`, `cli` (outside).
 """
 
 from importlib.metadata import version

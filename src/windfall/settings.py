@@ -18,7 +18,7 @@ from typing import Any
 from windfall.models import UserModel
 from windfall.spec import Json, SpecError, checked, digest, nearest, tag
 from windfall.study import Study
-from windfall.suite import Suite, narrowed, product
+from windfall.suite import Suite, naming, narrowed, product
 
 _TOLD = ("name", "title", "question")  # of a suite itself
 
@@ -56,7 +56,8 @@ def load(
         title = f"{told['title'] or told['name']}: {case}"
         own = {"name": f"{told['name']}-{case}", "title": title}
         merged = functools.reduce(_merged, changes, document) | own
-        cases[case] = _settled(merged, given, code=code)
+        with naming(case):
+            cases[case] = _settled(merged, given, code=code)
     name, title, question = (str(told[each]) for each in _TOLD)
     return Suite(name, title, question, cases)
 
@@ -69,11 +70,11 @@ def _axes(axes: Any, given: dict[str, Any]) -> Json | None:
     if not isinstance(axes, dict) or not axes:
         got = paths[0] if axes is None else repr(axes)
         raise SpecError(f"`axes` must be a suite's tables of cases, by axis; got {got}.")
-    axes, wanted = copy.deepcopy(axes), dict[str, list[str]]()
+    axes, wanted = copy.deepcopy(axes), dict[str, Any]()
     for path in paths:
         value = given.pop(path)
         if path.count(".") == 1:
-            wanted[path.removeprefix("axes.")] = [value] if isinstance(value, str) else list(value)
+            wanted[path.removeprefix("axes.")] = value
         else:
             _assign({"axes": axes}, path, value)
     return narrowed(axes, wanted)
@@ -131,7 +132,7 @@ def read(study: str | Path, seen: tuple[str, ...] = ()) -> Json:
     for told in _TOLD[1:]:  # a study's own words do not fit another
         extended.pop(told, None)
     axes = document.get("axes", {})
-    wanted = {axis: axes.pop(axis) for axis in [a for a in axes if isinstance(axes[a], list)]}
+    wanted = {a: axes.pop(a) for a in list(axes) if isinstance(axes[a], str | list)}
     if wanted:
         extended["axes"] = narrowed(extended.get("axes", {}), wanted)
     return _merged(extended, document)

@@ -8,7 +8,8 @@ share every run that they have in common, and each has its own family of verdict
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,23 +39,36 @@ class Suite:
         return digest({"suite": {case: study.address for case, study in self.cases.items()}})
 
 
+@contextmanager
+def naming(case: str) -> Generator[None]:
+    """Say of which case of a suite a `SpecError` is; a study is a case without a name."""
+    try:
+        yield
+    except SpecError as problem:
+        if not case:
+            raise
+        raise SpecError(f"Case {case}: {problem}") from None
+
+
 def narrowed(axes: Json, wanted: Mapping[str, Any]) -> Json:
     """The axes, those that `wanted` speaks of with the cases it names alone.
 
     Raises:
         SpecError: when there is no such axis, or no such case on it.
     """
+    chosen = dict[str, list[Any]]()
     for axis, names in wanted.items():
         if axis not in axes:
             raise SpecError(f"`axes` must have an axis `{axis}`.{nearest(axis, list(axes))}")
-        for name in names:
+        chosen[axis] = list(names) if isinstance(names, list | tuple) else [names]
+        for name in chosen[axis]:
             if name not in axes[axis]:
                 raise SpecError(
                     f"`axes.{axis}` must name its cases; got {name!r}."
                     f"{nearest(str(name), list(axes[axis]))}"
                 )
     return {
-        axis: {name: cases[name] for name in wanted.get(axis, cases)}
+        axis: {name: each for name, each in cases.items() if name in chosen.get(axis, cases)}
         for axis, cases in axes.items()
     }
 

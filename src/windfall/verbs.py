@@ -23,7 +23,7 @@ from windfall.settings import bundled, key, load
 from windfall.spec import Json, SpecError, nearest
 from windfall.store import Lab, write_whole
 from windfall.study import Study
-from windfall.suite import Suite
+from windfall.suite import Suite, naming
 
 Settings = Mapping[str, Any]
 Which = Study | Suite | str | Path
@@ -138,7 +138,7 @@ def run(
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     picked = pick_device(device)
-    graphs = {case: expand(each) for case, each in _cases(chosen).items()}
+    graphs = {case: _expanded(case, each) for case, each in _cases(chosen).items()}
     place, plans = Lab(lab_folder(lab)), dict[str, Json]()
     for case, graph in graphs.items():
         before = (place.recall(key(graph.study)) or {}).get("estimate")
@@ -151,6 +151,11 @@ def run(
         trained += number
     page = place.folder / f"{chosen.name}.html"
     return _result(chosen, plans, place, begun, trained=trained, page=page)
+
+
+def _expanded(case: str, study: Study) -> Graph:
+    with naming(case):
+        return expand(study)
 
 
 def _remembered(graph: Graph, lab: Lab, estimate: Json | None) -> Json:
@@ -262,7 +267,7 @@ def plan(
     known = Lab(folder, readonly=True) if folder.exists() else None
     plans, before = dict[str, Json](), set[str]()
     for case, each in _cases(chosen).items():
-        graph = expand(each)
+        graph = _expanded(case, each)
         num, device = workers or num_cores(), pick_device("auto")
         plans[case] = costs.estimate(graph, known, num, device, beside=before)
         plans[case]["latency"] = prospects(graph)
