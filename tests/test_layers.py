@@ -19,7 +19,7 @@ LAYERS = {
     "studies": "stats, study, graph, suite, settings, states, store, worker, service, schedule, "
     "execute",
     "outside": "latency, prospects, workload, trials, pace, costs, words, findings, patterns, "
-    "tables, overview, plots, page, display, bench, parcels, formats, exports, verbs, cli",
+    "tables, overview, drawing, plots, page, display, bench, parcels, formats, exports, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from windfall import plots
+from windfall import drawing, plots
 
 Row = dict[str, Any]
-WIDTHS = (plots.WIDE, plots.NARROW)
+WIDTHS = (drawing.WIDE, drawing.NARROW)
 
 
 def arm_rows(
@@ -113,7 +113,7 @@ def test_a_line_is_the_dense_point_and_then_the_rows_of_its_arm(draw, metric, sc
         np.testing.assert_allclose(mean, [scale * row["mean"] for row in points], rtol=1e-12)
     assert isinstance(figure, Figure)
     assert figure.get_size_inches()[0] == width_inches
-    plots.svg(figure)
+    drawing.svg(figure)
 
 
 def test_an_interval_is_drawn_from_its_lower_to_its_upper_end():
@@ -142,7 +142,7 @@ def test_a_mean_with_censored_runs_is_hollow_and_a_footnote_says_why():
     hollow = [
         line
         for line in figure.axes[0].get_lines()
-        if line.get_markerfacecolor() == plots.COLORS["paper"]
+        if line.get_markerfacecolor() == drawing.COLORS["paper"]
     ]
     assert [line.get_xydata().tolist() for line in hollow] == [
         [[rows[-1]["density"], rows[-1]["mean"]]]
@@ -167,13 +167,13 @@ def test_an_arm_has_the_same_color_and_marker_in_every_figure():
     for figure in drawn:
         for line in figure.axes[0].get_lines():
             if str(line.get_label()) in {"ticket", "reinit"}:
-                assert line.get_color() == plots.COLORS[plots.look(str(line.get_label())).color]
+                assert line.get_color() == drawing.COLORS[drawing.look(str(line.get_label())).color]
 
 
 def test_arms_that_meet_in_one_study_differ_in_color_and_in_marker():
     arms = ("dense", "ticket", "rewind", "finetune", "reinit", "shuffled", "random", "scratch-e")
-    assert len({plots.LOOKS[arm].color for arm in arms}) == len(arms)
-    assert len({plots.LOOKS[arm].marker for arm in arms if arm != "dense"}) == len(arms) - 1
+    assert len({drawing.LOOKS[arm].color for arm in arms}) == len(arms)
+    assert len({drawing.LOOKS[arm].marker for arm in arms if arm != "dense"}) == len(arms) - 1
 
 
 def kept_rows(num_layers: int = 6, num_seeds: int = 3) -> list[Row]:
@@ -244,7 +244,7 @@ def test_learning_curves_are_those_of_the_table_at_three_of_its_levels(width_inc
             lines(test)["reinit"][1], [100 * value for value in row["test_accuracy"]["mean"]]
         )
         assert set(lines(loss)) == {"dense", "ticket", "reinit"}
-    plots.svg(figure)
+    drawing.svg(figure)
 
 
 def test_learning_curves_with_holes_and_without_intervals_are_drawn():
@@ -254,11 +254,11 @@ def test_learning_curves_with_holes_and_without_intervals_are_drawn():
         row["validation_loss"] |= {side: [None] * len(row["steps"]) for side in ("low", "high")}
     figure = plots.learning_curves(curves)
     assert np.isnan(lines(figure.axes[0])["ticket"][1][-1])
-    plots.svg(figure)
+    drawing.svg(figure)
 
 
 @pytest.mark.parametrize(
-    ("width_inches", "levels"), [(plots.WIDE, [1, 3, 6, 8]), (plots.NARROW, [1, 8])]
+    ("width_inches", "levels"), [(drawing.WIDE, [1, 3, 6, 8]), (drawing.NARROW, [1, 8])]
 )
 def test_a_bar_is_the_share_of_a_layer_that_is_kept(width_inches, levels):
     figure = plots.layer_densities(layer_rows(8), width_inches=width_inches)
@@ -268,11 +268,11 @@ def test_a_bar_is_the_share_of_a_layer_that_is_kept(width_inches, levels):
             shares, [round(1000 * 0.7**level) / 10, (round(1000 * 0.7**level) - 1) / 10]
         )
         assert f"Level {level}" in axes.get_title(loc="left")
-    plots.svg(figure)
+    drawing.svg(figure)
 
 
 @pytest.mark.parametrize(
-    ("width_inches", "levels"), [(plots.WIDE, [1, 3, 4, 5, 7]), (plots.NARROW, [1, 4, 7])]
+    ("width_inches", "levels"), [(drawing.WIDE, [1, 3, 4, 5, 7]), (drawing.NARROW, [1, 4, 7])]
 )
 def test_a_picture_is_its_counts(width_inches, levels):
     pictures = picture_rows(7)
@@ -281,7 +281,7 @@ def test_a_picture_is_its_counts(width_inches, levels):
         counts = np.array(pictures[level - 1]["counts"])
         np.testing.assert_array_equal(axes.get_images()[0].get_array(), counts)
         assert axes.get_images()[0].get_clim() == (0, counts.max())
-    plots.svg(figure)
+    drawing.svg(figure)
 
 
 def test_overlap_has_a_panel_for_the_network_and_for_each_layer():
@@ -326,17 +326,17 @@ DEGENERATE = {
         [picture_rows(1)[0] | {"counts": [[0, 0], [0, 0]]}]
     ),
     "layers": lambda: plots.mask_pictures(
-        picture_rows(9, ("$a$", "$" * 99)), width_inches=plots.NARROW
+        picture_rows(9, ("$a$", "$" * 99)), width_inches=drawing.NARROW
     ),
     "long names": lambda: plots.layer_densities(
-        layer_rows(9, ("$x^{" * 30, "fc")), width_inches=plots.NARROW
+        layer_rows(9, ("$x^{" * 30, "fc")), width_inches=drawing.NARROW
     ),
 }
 
 
 @pytest.mark.parametrize("draw", DEGENERATE.values(), ids=DEGENERATE.keys())
 def test_a_degenerate_table_is_drawn_without_a_warning(draw):
-    assert plots.svg(draw()).startswith("<svg")
+    assert drawing.svg(draw()).startswith("<svg")
 
 
 @pytest.mark.parametrize("side", ["mean", "interval"])
@@ -345,17 +345,17 @@ def test_rows_without_any_number_are_drawn_without_a_warning(side):
         row | {side: None, "interval": None, "num_censored": 1}
         for row in arm_rows("early_stop_step")
     ]
-    assert plots.svg(plots.early_stop(rows)).startswith("<svg")
+    assert drawing.svg(plots.early_stop(rows)).startswith("<svg")
 
 
 def test_svg_is_the_same_text_for_the_same_table():
-    first, second = (plots.svg(plots.accuracy(arm_rows("test_accuracy"))) for _ in range(2))
+    first, second = (drawing.svg(plots.accuracy(arm_rows("test_accuracy"))) for _ in range(2))
     assert first == second
-    assert first != plots.svg(plots.accuracy(arm_rows("test_accuracy", levels=3)))
+    assert first != drawing.svg(plots.accuracy(arm_rows("test_accuracy", levels=3)))
 
 
 def test_svg_can_be_put_into_a_page():
-    text = plots.svg(plots.accuracy(arm_rows("test_accuracy")))
+    text = drawing.svg(plots.accuracy(arm_rows("test_accuracy")))
     assert text.startswith("<svg") and text.endswith("</svg>")
     assert "<style" not in text and "<metadata" not in text and "<script" not in text
     assert "var(--figure-blue, #0072b2)" in text
@@ -363,14 +363,14 @@ def test_svg_can_be_put_into_a_page():
 
 
 def test_names_are_text_and_never_markup_or_formulas():
-    text = plots.svg(plots.accuracy(arm_rows("test_accuracy", arms=("<script>$x^{",))))
+    text = drawing.svg(plots.accuracy(arm_rows("test_accuracy", arms=("<script>$x^{",))))
     assert "<script" not in text
     assert "&lt;script&gt;$x^{" in text
 
 
 def test_drawing_changes_no_global_setting():
     before = dict(matplotlib.rcParams)
-    plots.svg(plots.accuracy(arm_rows("test_accuracy")))
+    drawing.svg(plots.accuracy(arm_rows("test_accuracy")))
     assert dict(matplotlib.rcParams) == before
 
 
@@ -378,4 +378,4 @@ def test_drawing_changes_no_global_setting():
     ("fraction", "text"), [(1, "100%"), (0.5125, "51.2%"), (0.0115, "1.15%"), (0.00003, "0.003%")]
 )
 def test_percent_has_three_digits(fraction, text):
-    assert plots.percent(fraction) == text
+    assert drawing.percent(fraction) == text

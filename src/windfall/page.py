@@ -18,9 +18,9 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from windfall import plots, words
+from windfall import drawing, plots, words
 from windfall.arms import EFFECTS
-from windfall.plots import Number, Row
+from windfall.drawing import Number, Row
 
 Document = Mapping[str, Any]
 
@@ -113,7 +113,7 @@ def render(document: Document) -> str:
     Returns:
         HTML that refers to nothing outside itself; all text of the document is escaped.
     """
-    arms = [{**row, "id": f"row-{n}"} for n, row in enumerate(plots.in_order(document["arms"]))]
+    arms = [{**row, "id": f"row-{n}"} for n, row in enumerate(drawing.in_order(document["arms"]))]
     records = {record["address"]: record for record in document["records"]}
     reasons = {address: record["status"] for address, record in records.items()}
     reasons |= {each["address"]: f"failed: {each['reason']}" for each in document["failures"]}
@@ -222,12 +222,12 @@ def _patterns(pattern: Row) -> Iterator[tuple[str, Drawing]]:
 
 
 def _drawing(
-    draw: Callable[..., Figure], table: plots.Table, basis: str, addresses: Sequence[str]
+    draw: Callable[..., Figure], table: drawing.Table, basis: str, addresses: Sequence[str]
 ) -> Drawing:
     wide, narrow = (
         # In a page the name space is HTML's own.
-        Markup(plots.svg(figure).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
-        for figure in (draw(table), draw(table, width_inches=plots.NARROW))
+        Markup(drawing.svg(figure).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
+        for figure in (draw(table), draw(table, width_inches=drawing.NARROW))
     )
     return Drawing(wide, narrow, basis, addresses)
 
@@ -370,15 +370,15 @@ _FILTERS: dict[str, Any] = {
     "value": _value,
     "gap": _gap,
     "interval": _interval,
-    "percent": plots.percent,
+    "percent": drawing.percent,
     "p_value": _p_value,
     "duration": _duration,
     "flops": _flops,
 }
 _GLOBALS: dict[str, Any] = {
     "metric": _metric,
-    "look": plots.look,
-    "colors": plots.COLORS,
+    "look": drawing.look,
+    "colors": drawing.COLORS,
     "marks": MARKS,
     "questions": QUESTIONS,
     "why": _why,

@@ -1,6 +1,6 @@
 """One function per figure: a plain table in, a matplotlib `Figure` out.
 
-The tables are those of a study's document, as `report.render` takes it. An arm has one color and
+The tables are those of a study's document, as `page.render` takes it. An arm has one color and
 one marker in every figure. A missing value (None) leaves a gap, never a guess. Nothing goes through
 pyplot, so a figure belongs to its caller alone:
 
@@ -8,105 +8,35 @@ pyplot, so a figure belongs to its caller alone:
     figure.savefig("accuracy.pdf")
 """
 
-import hashlib
-import io
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 
-Row = Mapping[str, Any]
-Table = Sequence[Row]
-Number = int | float  # in a JSON document, a round number is an int
-
-WIDE, NARROW = 7.2, 3.5  # inches: the text width of a two-column page, and one column of it
-
-# From blue to pink: Okabe and Ito (2008), distinct in every common form of color blindness.
-COLORS = {
-    "ink": "#1f2933",
-    "muted": "#6b7683",
-    "grid": "#e3e6ea",
-    "paper": "#ffffff",
-    "blue": "#0072b2",
-    "sky": "#56b4e9",
-    "green": "#009e73",
-    "vermilion": "#d55e00",
-    "orange": "#e69f00",
-    "pink": "#cc79a7",
-    "brown": "#8c6239",
-    "violet": "#6f4fa0",
-    "leaf": "#3c7d46",
-}
-
-
-class Look(NamedTuple):
-    """How an arm is drawn: the name of its color, its matplotlib marker, and its name in words."""
-
-    color: str
-    marker: str
-    words: str
-
-
-LOOKS = {
-    "dense": Look("muted", "o", "dense"),
-    "ticket": Look("blue", "o", "ticket"),
-    "rewind": Look("sky", "s", "rewind"),
-    "finetune": Look("green", "^", "finetune"),
-    "reinit": Look("vermilion", "D", "reinit"),
-    "shuffled": Look("orange", "v", "shuffled"),
-    "random": Look("pink", "X", "random"),
-    "scratch-e": Look("brown", "P", "scratch-e"),
-    "scratch-b": Look("violet", "p", "scratch-b"),
-    "scratch-b-plus": Look("pink", "h", "scratch-b-plus"),
-    "finetune-small": Look("leaf", "v", "finetune-small"),
-    "guided": Look("leaf", "*", "guided"),
-    "transferred": Look("sky", "*", "transferred"),
-    "uniform-width": Look("pink", "d", "uniform width"),
-    "other-order": Look("blue", "o", "same start, other order"),
-    "other-init": Look("vermilion", "D", "other start"),
-    "chance": Look("muted", "s", "chance"),
-}
+from windfall import drawing
+from windfall.drawing import (
+    COLORS,
+    NARROW,
+    WIDE,
+    Number,
+    Row,
+    Table,
+    look,
+    percent,
+    scaled,
+)
 
 _DECIDED = {"supported": "green", "refuted": "vermilion", "undecided": "orange"}
 ALONE = ("guided", "transferred", "uniform-width")  # not pruned: no line from the dense network
 
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so text is measured alike everywhere
-    "font.size": 8,
-    "text.color": COLORS["ink"],
-    "axes.edgecolor": COLORS["muted"],
-    "axes.labelcolor": COLORS["muted"],
-    "axes.linewidth": 0.6,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4.2,
-}
 _FADE = LinearSegmentedColormap.from_list("fade", [COLORS["leaf"] + "00", COLORS["leaf"]])
-_DECIMALS = re.compile(r"(\d\.\d\d)\d+")  # a hundredth of a point is below any resolution
-_styled = matplotlib.rc_context(_STYLE)
 
 
-def look(arm: str) -> Look:
-    """How an arm is drawn in every figure; one that `LOOKS` lacks is gray and keeps its name."""
-    return LOOKS.get(arm, Look("muted", "h", arm))
-
-
-@_styled
+@drawing.styled
 def accuracy(rows: Table, *, metric: str = "test_accuracy", width_inches: float = WIDE) -> Figure:
     """Accuracy against the density of the network, one line per arm.
 
@@ -126,7 +56,7 @@ def accuracy(rows: Table, *, metric: str = "test_accuracy", width_inches: float 
     return figure
 
 
-@_styled
+@drawing.styled
 def early_stop(rows: Table, *, width_inches: float = WIDE) -> Figure:
     """The step of lowest validation loss against the density of the network, one line per arm.
 
@@ -151,14 +81,14 @@ def early_stop(rows: Table, *, width_inches: float = WIDE) -> Figure:
             "markerfacecolor": COLORS["paper"],
             "zorder": 4,
         }
-        axes.plot(row["density"], _scaled([row["mean"]], 1.0), marker, label="_censored", **hollow)
+        axes.plot(row["density"], scaled([row["mean"]], 1.0), marker, label="_censored", **hollow)
     if chosen:
         note = "Hollow: the loss of some runs still fell at the last evaluation; a lower bound."
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=COLORS["muted"], wrap=True)
     return figure
 
 
-@_styled
+@drawing.styled
 def learning_curves(curves: Table, *, width_inches: float = WIDE) -> Figure:
     """Validation loss and test accuracy against the step, one row of panels per level.
 
@@ -171,12 +101,12 @@ def learning_curves(curves: Table, *, width_inches: float = WIDE) -> Figure:
             `validation_loss` and `test_accuracy` in [0, 1] the lists `mean`, `low` and `high`.
         width_inches: Width of the figure.
     """
-    drawn = _spread(sorted({row["level"] for row in curves if row["level"]}), 3) or [0]
+    drawn = drawing.spread(sorted({row["level"] for row in curves if row["level"]}), 3) or [0]
     size = (width_inches, 0.6 + len(drawn) * (1.6 if width_inches > NARROW else 1.4))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(drawn), 2, sharex=True, sharey="col", squeeze=False)
     for level, (loss, test) in zip(drawn, panels, strict=True):
-        chosen = [row for row in in_order(curves) if row["level"] in {0, level}]
+        chosen = [row for row in drawing.in_order(curves) if row["level"] in {0, level}]
         _over_steps(loss, chosen, "validation_loss", 1.0)
         _over_steps(test, chosen, "test_accuracy", 100.0)
         for row in ([row for row in chosen if row["level"]] or chosen)[:1]:
@@ -188,11 +118,11 @@ def learning_curves(curves: Table, *, width_inches: float = WIDE) -> Figure:
     _frame_late_steps(panels[0, 1], curves, "test_accuracy", 100.0)
     for axes in panels[-1]:
         axes.set_xlabel("Step")
-    _legend(figure, panels[:, 0], width_inches)
+    drawing.legend(figure, panels[:, 0], width_inches)
     return figure
 
 
-@_styled
+@drawing.styled
 def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
     """How much of each layer is left, a bar per layer and a panel per level.
 
@@ -204,8 +134,8 @@ def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
     """
     names = list(dict.fromkeys(row["layer"] for row in layers))
     levels = sorted({row["level"] for row in layers if row["level"]} or {0})
-    chosen = _spread(levels, 4 if width_inches > NARROW else 2)
-    labels = [_literal(name, int(5 * width_inches)) for name in names]
+    chosen = drawing.spread(levels, 4 if width_inches > NARROW else 2)
+    labels = [drawing.literal(name, int(5 * width_inches)) for name in names]
     height = 0.6 + 0.23 * max(3, len(names))
     figure = Figure(figsize=(width_inches, height), layout="constrained")
     panels = figure.subplots(1, len(chosen), sharex=True, sharey=True, squeeze=False)[0]
@@ -225,7 +155,7 @@ def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
     return figure
 
 
-@_styled
+@drawing.styled
 def mask_pictures(pictures: Table, *, width_inches: float = WIDE) -> Figure:
     """Where the surviving weights of the first layer are: the stronger the color, the more.
 
@@ -238,7 +168,7 @@ def mask_pictures(pictures: Table, *, width_inches: float = WIDE) -> Figure:
         width_inches: Width of the figure.
     """
     columns = 5 if width_inches > NARROW else 3
-    chosen = _spread(pictures, columns)
+    chosen = drawing.spread(pictures, columns)
     figure = Figure(figsize=(width_inches, width_inches / columns + 0.35), layout="constrained")
     several_layers = len({picture["layer"] for picture in chosen}) > 1
     panels = figure.subplots(1, columns, squeeze=False)[0]
@@ -248,14 +178,14 @@ def mask_pictures(pictures: Table, *, width_inches: float = WIDE) -> Figure:
         counts = np.asarray(picture["counts"], dtype=float)
         top = counts.max(initial=0.0)
         axes.imshow(counts, cmap=_FADE, vmin=0, vmax=top or 1, interpolation="none")
-        layer = _literal(picture["layer"], 17) + "\n" if several_layers else ""
+        layer = drawing.literal(picture["layer"], 17) + "\n" if several_layers else ""
         axes.set_title(f"{layer}Level {picture['level']}, {percent(picture['density'])}")
         muted = {"va": "top", "fontsize": 7, "color": COLORS["muted"]}
         axes.text(0, -0.04, f"most: {top:,.0f}", transform=axes.transAxes, **muted)
     return figure
 
 
-@_styled
+@drawing.styled
 def pattern(layers: Table, *, stages: Table = (), width_inches: float = WIDE) -> Figure:
     """How much of each layer stays, a bar per layer, a line across each stage, a point per seed.
 
@@ -287,7 +217,7 @@ def pattern(layers: Table, *, stages: Table = (), width_inches: float = WIDE) ->
             axes.text(sum(span) / 2, 108, percent(means[stage]), **bold)
     axes.set(ylim=(0, 122), title="Kept of each layer (%)")
     axes.set_axisbelow(True)
-    _quiet(axes, 5)
+    drawing.quiet(axes, 5)
     axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
     word = "Stage " if width_inches > NARROW else ""
     middles = [(places[0] + places[-1]) / 2 for places in ends.values()]
@@ -306,7 +236,7 @@ def _draw_kept(axes: Axes, place: float, row: Row, *, is_roomy: bool) -> None:
         axes.plot([place] * len(points), points, ".", color=COLORS["ink"], markersize=2.6)
 
 
-@_styled
+@drawing.styled
 def kernels(stages: Table, *, width_inches: float = WIDE) -> Figure:
     """How many weights stay at each position of the 3 x 3 kernels, a grid per stage.
 
@@ -337,7 +267,7 @@ def kernels(stages: Table, *, width_inches: float = WIDE) -> Figure:
     return figure
 
 
-@_styled
+@drawing.styled
 def overlap(rows: Table, *, width_inches: float = WIDE) -> Figure:
     """How much two masks agree against their density: of the whole network, then of each layer.
 
@@ -355,14 +285,14 @@ def overlap(rows: Table, *, width_inches: float = WIDE) -> Figure:
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for metric, axes in zip(metrics, panels, strict=False):
         _draw_arms(axes, rows, metric, 1.0, 0.9 * width_inches / columns)
-        axes.set_title(_literal(f"Overlap, {metric.partition('/')[2] or 'whole network'}"))
+        axes.set_title(drawing.literal(f"Overlap, {metric.partition('/')[2] or 'whole network'}"))
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
-    _legend(figure, panels, width_inches)
+    drawing.legend(figure, panels, width_inches)
     return figure
 
 
-@_styled
+@drawing.styled
 def forest(rows: Table, *, width_inches: float = WIDE) -> Figure:
     """Every effect's difference in every case with the interval that decides it, a panel an effect.
 
@@ -386,42 +316,6 @@ def forest(rows: Table, *, width_inches: float = WIDE) -> Figure:
     return figure
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element, the same text for the same figure.
-
-    Text stays text, and the background is transparent. Each color of `COLORS` is written as
-    `var(--figure-<name>, <color>)`, so that a page may redefine it, for a dark scheme say.
-    Identifiers begin with a digest of the figure, so that several figures fit in one page.
-    """
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": "windfall", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    text = "<svg" + buffer.getvalue().partition("<svg")[2].replace("xlink:href", "href")
-    text = text.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
-    # matplotlib's style sheet speaks of every element, which in a page is the whole page
-    text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)
-    text = text.replace("<svg", '<svg stroke-linejoin="round"', 1).replace("rotate(-0", "rotate(0")
-    text = re.sub(r"<[^<]*>", lambda tag: _DECIMALS.sub(r"\1", tag[0]), text)
-    for name, color in COLORS.items():
-        text = re.sub(rf"{color}\b", f"var(--figure-{name}, {color})", text)
-    used = "|".join(sorted(set(re.findall(r'(?:href="#|url\(#)(\w+)', text)))) or "none"
-    prefix = "w" + hashlib.sha256(text.encode()).hexdigest()[:8]
-    text = re.sub(rf' id="(?!(?:{used})")\w+"', "", text)
-    return re.sub(r'( id="|href="#|url\(#)(?=\w)', rf"\g<1>{prefix}-", text).strip()
-
-
-def percent(fraction: Number) -> str:
-    """A fraction in percent, to three digits: 1 is "100%", 0.0115 is "1.15%"."""
-    return f"{100 * fraction:.3g}%"
-
-
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    """The rows by arm as in `LOOKS`, others last, then by level: the order of lines and tables."""
-    rank = {arm: place for place, arm in enumerate(LOOKS)}
-    return sorted(rows, key=lambda row: (rank.get(row["arm"], len(rank)), row["arm"], row["level"]))
-
-
 def _against_density(
     rows: Table, metric: str, scale: float, width_inches: float
 ) -> tuple[Figure, Axes]:
@@ -435,7 +329,7 @@ def _against_density(
 
 def _draw_arms(axes: Axes, rows: Table, metric: str, scale: float, inches: float) -> None:
     """Every arm's line, begun at the dense network; `inches` is about the length of the axis."""
-    rows = in_order(row for row in rows if row["metric"] == metric)
+    rows = drawing.in_order(row for row in rows if row["metric"] == metric)
     dense = [row for row in rows if row["arm"] == "dense"]
     for row in dense:
         _draw_dense(axes, row, scale)
@@ -443,9 +337,9 @@ def _draw_arms(axes: Axes, rows: Table, metric: str, scale: float, inches: float
         begun = [] if arm in ALONE else dense
         points = begun + [row for row in rows if row["arm"] == arm]
         density = [row["density"] for row in points]
-        mean = _scaled([row["mean"] for row in points], scale)
+        mean = scaled([row["mean"] for row in points], scale)
         intervals = [row["interval"] or (None, None) for row in points]
-        low, high = (_scaled([ends[side] for ends in intervals], scale) for side in (0, 1))
+        low, high = (scaled([ends[side] for ends in intervals], scale) for side in (0, 1))
         color, marker = COLORS[look(arm).color], look(arm).marker
         axes.fill_between(density, low, high, color=color, alpha=0.12, linewidth=0)
         axes.vlines(density, low, high, color=color, alpha=0.55, linewidth=0.9)
@@ -455,9 +349,9 @@ def _draw_arms(axes: Axes, rows: Table, metric: str, scale: float, inches: float
 
 def _draw_dense(axes: Axes, row: Row, scale: float) -> None:
     color = COLORS[look("dense").color]
-    mean = _scaled([row["mean"]], scale)
+    mean = scaled([row["mean"]], scale)
     if row["interval"] is not None:
-        low, high = _scaled(row["interval"], scale)
+        low, high = scaled(row["interval"], scale)
         axes.axhspan(low, high, color=color, alpha=0.13, linewidth=0)
     axes.axhline(mean[0], color=color, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.plot([row["density"]], mean, "o", color=color, label="dense", zorder=3)
@@ -478,43 +372,23 @@ def _density_axis(axes: Axes, densities: list[Number], inches: float) -> None:
     axes.xaxis.set_minor_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("Weights remaining (%)")
-    _quiet(axes, 6)
-
-
-def _quiet(axes: Axes, num_ticks: int) -> None:
-    axes.grid(axis="y", color=COLORS["grid"], linewidth=0.7)
-    axes.tick_params(which="both", color=COLORS["grid"], labelcolor=COLORS["muted"], labelsize=7.5)
-    axes.tick_params(axis="y", length=0)
-    axes.yaxis.set_major_locator(MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10]))
+    drawing.quiet(axes, 6)
 
 
 def _name_the_ends(axes: Axes, inches: float) -> None:
     """Names and markers right of the plot, each as near to its line's end as the others allow."""
     low, high = axes.set_ylim(axes.get_ylim())
     ends: list[tuple[float, str]] = []
-    for arm, line in _lines([axes]).items():
+    for arm, line in drawing.lines([axes]).items():
         values = np.asarray(line.get_ydata(), dtype=float)
         ends += [((value - low) / (high - low), arm) for value in values[np.isfinite(values)][-1:]]
     ends.sort()
-    for (_, arm), place in zip(ends, _apart([end for end, _ in ends], 0.068), strict=True):
+    for (_, arm), place in zip(ends, drawing.apart([end for end, _ in ends], 0.068), strict=True):
         color, marker, words = look(arm)
         beside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
         x = 1 + 0.13 / inches
         axes.plot(x, place, marker, color=COLORS[color], label="_name", **beside)
-        axes.text(x + 0.1 / inches, place, _literal(words), va="center_baseline", **beside)
-
-
-def _apart(places: list[float], gap: float) -> list[float]:
-    """The places in their order, moved as little as keeps neighbors `gap` apart (pooled means)."""
-    blocks: list[tuple[float, int]] = []
-    for index, place in enumerate(places):
-        total, count = place - index * gap, 1
-        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
-            before, members = blocks.pop()
-            total, count = total + before, count + members
-        blocks.append((total, count))
-    shifted = [total / count for total, count in blocks for _ in range(count)]
-    return [place + index * gap for index, place in enumerate(shifted)]
+        axes.text(x + 0.1 / inches, place, drawing.literal(words), va="center_baseline", **beside)
 
 
 def _draw_differences(axes: Axes, rows: list[Row], cases: list[str]) -> None:
@@ -527,15 +401,15 @@ def _draw_differences(axes: Axes, rows: list[Row], cases: list[str]) -> None:
             continue
         place, color = cases.index(row["case"]), COLORS[_DECIDED[row["verdict"]]]
         if row["interval"] is not None:
-            ends = _scaled(row["interval"], scale)
+            ends = scaled(row["interval"], scale)
             axes.plot(ends, [place, place], color=color, label="_interval")
         face = COLORS["paper"] if row["verdict"] == "undecided" else color
         value = scale * row["difference"]
         axes.plot(value, place, "o", color=color, markerfacecolor=face, label="_difference")
     unit = "pp" if scale > 1 else "steps"
-    axes.set_title(_literal(f"{rows[0]['arm']} - {rows[0]['against']} ({unit})", 40))
+    axes.set_title(drawing.literal(f"{rows[0]['arm']} - {rows[0]['against']} ({unit})", 40))
     axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_yticks(range(len(cases)), [_literal(case) for case in cases])
+    axes.set_yticks(range(len(cases)), [drawing.literal(case) for case in cases])
     axes.grid(axis="x", color=COLORS["grid"], linewidth=0.7)
     axes.tick_params(which="both", color=COLORS["grid"], labelcolor=COLORS["muted"], labelsize=7.5)
     axes.tick_params(axis="y", length=0)
@@ -545,10 +419,10 @@ def _draw_differences(axes: Axes, rows: list[Row], cases: list[str]) -> None:
 def _over_steps(axes: Axes, curves: list[Row], name: str, scale: float) -> None:
     for row in curves:
         color = COLORS[look(row["arm"]).color]
-        low, mean, high = (_scaled(row[name][side], scale) for side in ("low", "mean", "high"))
+        low, mean, high = (scaled(row[name][side], scale) for side in ("low", "mean", "high"))
         axes.fill_between(row["steps"], low, high, color=color, alpha=0.13, linewidth=0)
         axes.plot(row["steps"], mean, color=color, linewidth=1.2, label=row["arm"])
-    _quiet(axes, 4)
+    drawing.quiet(axes, 4)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
@@ -559,31 +433,3 @@ def _frame_late_steps(axes: Axes, curves: Table, name: str, scale: float) -> Non
     if late and max(late) > min(late):
         room = 0.05 * (max(late) - min(late))
         axes.set_ylim(min(late) - room, max(late) + room)
-
-
-def _legend(figure: Figure, panels: Iterable[Axes], width_inches: float) -> None:
-    lines = _lines(panels)
-    words = [_literal(look(arm).words) for arm in lines]
-    columns = max(1, int(14 * width_inches / (5 + max(map(len, words), default=0))))
-    figure.legend(list(lines.values()), words, loc="outside upper left", ncols=columns)
-
-
-def _lines(panels: Iterable[Axes]) -> dict[str, Line2D]:
-    """The line of each arm; all other labels begin with "_", matplotlib's word for no legend."""
-    lines = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
-    return {label: line for label, line in lines.items() if not label.startswith("_")}
-
-
-def _scaled(values: Sequence[Number | None], scale: float) -> NDArray[np.float64]:
-    return scale * np.array(values, dtype=float)
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly chosen, the first and the last among them."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items)))
-    return [items[round(place)] for place in places]
-
-
-def _literal(text: str, limit: int = 28) -> str:
-    """The text as it is, its beginning cut if too long; matplotlib would typeset $ as a formula."""
-    return (text if len(text) <= limit else f"…{text[1 - limit :]}").replace("$", r"\$")
