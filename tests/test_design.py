@@ -267,7 +267,7 @@ def test_a_pattern_makes_a_design_of_another_depth_and_number_of_classes(pruned,
     assert row["num_seeds"] == 2
     assert row["difference"] is not None
     assert row["density"] == tables.outline(other)["designs"]["guided"]["density"]
-    assert "With as many parameters, the widths that pruning found" in document["answer"][0]
+    assert "Beside one width of nearly as many parameters, the widths that" in document["answer"][0]
     assert any("its design" in note for note in document["notes"])
     assert document["winner"] is None
     curves = {curve["arm"]: curve["density"] for curve in document["curves"]}

@@ -14,7 +14,18 @@ from test_cli import call  # noqa: F401  a fixture
 from torch import nn
 
 import windfall
-from windfall import exports, formats, latency, parcels, settings, structure, tables, tracing, verbs
+from windfall import (
+    exports,
+    flops,
+    formats,
+    latency,
+    parcels,
+    settings,
+    structure,
+    tables,
+    tracing,
+    verbs,
+)
 from windfall.graph import expand
 from windfall.runs import Run
 from windfall.spec import SpecError, digest
@@ -30,6 +41,14 @@ FILTERS = {
 STUDIES = {
     "weights": {"prune": SPARSE},
     "channels": {"prune": FILTERS, "model": {"kind": "resnet-20", "width": 0.25}},
+    "blocks": {
+        "prune": {
+            "criterion": "gate",
+            "structure": "blocks",
+            "selection": {"kind": "ratios", "removed": [0.4]},
+        },
+        "model": {"kind": "resnet-20", "width": 0.25, "gates": True},
+    },
     "double": {"prune": SPARSE, "levels": 1, "recipe": small.RECIPE | SHORT | {"dtype": "float64"}},
 }
 
@@ -658,3 +677,11 @@ def test_the_command_prints_a_table_or_one_document(labs, call, tmp_path):  # no
     refused = call("export", "zz", "-o", tmp_path / "c.pt2", "--lab", lab.folder, exit_code=2)
     assert refused.stderr.startswith("windfall: RUN must be")
     assert refused.stdout == ""
+
+
+def test_a_network_that_lost_blocks_is_handed_over(labs, tmp_path):
+    of, lab = labs("blocks")
+    found = exports.export(lab, at(of, "ticket", 2), tmp_path / "blocks.safetensors")
+    told, macs = found.document["flops"], flops.multiply_adds
+    network = windfall.load_network(tmp_path / "blocks.safetensors")
+    assert told["after"] == 2 * sum(macs(network, (1, 8, 8)).values()) < told["before"]

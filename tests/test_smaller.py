@@ -3,6 +3,7 @@
 import pytest
 import small
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from windfall import flops, initialize, models, structure, tickets, tracing
@@ -367,3 +368,23 @@ def test_a_smaller_network_that_is_not_what_it_says_is_never_trained(labs, monke
     monkeypatch.setattr(structure, "shrunk", wrong)
     with pytest.raises(tickets.BrokenTicket, match=f"what stays of `{name}` differs"):
         start(of, lab, "finetune", 1)
+
+
+class Embedded(nn.Module):
+    """Channels, and a parameter of two axes that is no layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(64, 64))
+        self.first, self.second = nn.Linear(64, 12), nn.Linear(12, 10)
+
+    def forward(self, inputs):
+        return self.second(torch.relu(self.first(inputs.flatten(1) @ self.table)))
+
+
+def test_weights_that_cannot_be_pruned_are_not_counted_as_kept(tmp_path):
+    prune = {"criterion": "filter-norm", "structure": "channels", "selection": {"hidden": 0.5}}
+    of = small.graph(SHORT, model=Embedded, prune=prune, levels=1, num_seeds=1)
+    lab = small.trained(of, tmp_path / "lab")
+    assert lab.record(at(of, "ticket", 1)).kept == 64 * 6 + 6 * 10
+    lab.close()

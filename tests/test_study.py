@@ -887,3 +887,17 @@ def test_masks_and_models_agree_on_what_can_be_pruned():
     module = graph.study.model.build((6,), 3)
     params = dict(module.named_parameters())
     assert list(masks.ones(params, graph.network.kinds)) == list(models.kinds(module, (6,)))
+
+
+def test_a_network_without_a_gradient_path_is_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "cut_networks.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Cut(nn.Linear):\n"
+        "    def forward(self, inputs): return super().forward(inputs).detach()\n"
+        "def cut(): return Cut(6, 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tensors(torch.arange(300.0 * 6).reshape(300, 6), torch.arange(300) % 3)
+    with pytest.raises(SpecError, match="model must have a gradient path from its outputs"):
+        expand(small(model="cut_networks:cut", data=data))

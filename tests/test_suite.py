@@ -62,10 +62,10 @@ def test_a_suite_is_the_product_of_its_axes_in_their_order(toml):
 
 
 def test_a_setting_changes_every_case_and_one_below_axes_changes_one(toml):
-    suite = load(toml, {"num_seeds": 3, "recipe.learning_rate": 0.5, "axes.method": "magnitude"})
+    suite = load(toml, {"num_seeds": 3, "model.hidden": [10, 7], "axes.method": "magnitude"})
     assert list(suite.cases) == CASES[2:]
     assert {s.num_seeds for s in suite.cases.values()} == {3}
-    assert {s.recipe.learning_rate for s in suite.cases.values()} == {0.5}
+    assert {s.model.hidden for s in suite.cases.values()} == {(10, 7)}
     suite = load(toml, {"axes.rate.small.recipe.learning_rate": 0.02, "axes.method": ["l1-norm"]})
     assert [s.recipe.learning_rate for s in suite.cases.values()] == [0.1, 0.02]
     assert load(toml, {"name": "other"}).cases[CASES[0]].name == f"other-{CASES[0]}"
@@ -79,7 +79,20 @@ def test_a_setting_changes_every_case_and_one_below_axes_changes_one(toml):
             {"axes.method": "magnitud"},
             r"`axes.method` must name its cases; got 'magnitud'.*Did you",
         ),
-        ({"axes.rate.small": 3}, r"`axes.rate` must be a table of what each of its cases changes"),
+        ({"axes.rate.small": 3}, r"`axes.rate.small` must be changed field by field"),
+        ({"axes": "small"}, r"`axes` must be set by axis, such as `axes.method`"),
+        ({"axes.rate": [True]}, r"`axes.rate` must name its cases; got True"),
+        ({"axes.rate.smal.levels": 2}, r"`axes.rate` must name its cases; got 'smal'"),
+        ({"axes.rates.small.levels": 2}, r"`axes` must have an axis `rates`"),
+        (
+            {"recipe.learning_rate": 0.3},
+            r"Case l1-norm-small: `recipe.learning_rate` must be set by",
+        ),
+        ({"prune.selection.rate": 0.3}, r"Case l1-norm-standard: `prune.selection.rate` must be"),
+        (
+            {"axes.rate.small.recipe.learning_rate": 0.1},
+            r"`axes` must make its cases differ; l1-no",
+        ),
         ({"axes.rate": 3}, r"`axes.rate` must name its cases; got 3"),
         ({"axes.rate.small.recipe.steps": 0}, r"Case l1-norm-small: `recipe.steps` must"),
     ],
@@ -108,6 +121,21 @@ def test_a_file_that_extends_a_suite_names_the_cases_it_takes(toml):
     other.write_text('extends = "two-rates.toml"\n[axes]\nmethod = ["magnitud"]\n')
     with pytest.raises(SpecError, match=r"`axes.method` must name its cases"):
         load(other)
+
+
+def test_a_setting_that_holds_what_a_case_changes_a_part_of_goes_before_it(toml):
+    changes = {"axes.rate.small.model.hidden": [9, 9], "model": "lenet-300-100"}
+    with pytest.raises(SpecError, match=r"Case l1-norm-small: `model` has no field `hidden`"):
+        load(toml, changes)
+    suite = load(toml, changes | {"model": {"kind": "mlp", "hidden": [5, 5]}})
+    assert [s.model.hidden for s in suite.cases.values()] == [(5, 5), (9, 9)] * 2
+
+
+def test_a_case_is_named_by_letters_and_digits(tmp_path):
+    path = tmp_path / "named.toml"
+    path.write_text('model = "conv-2"\ndata = "digits"\n[axes.a."x y"]\n')
+    with pytest.raises(SpecError, match=r"`axes` must name cases by letters.*got 'x y'"):
+        settings.load(path)
 
 
 def test_two_cases_of_one_name_are_refused(tmp_path):
@@ -238,6 +266,14 @@ def test_the_answer_of_a_suite_names_the_cases_of_each_word():
     assert words.across(alike, 2) == ["weights (a - b): undecided in all cases."]
     assert words.across([], 2) == [
         "No case has both arms of a comparison: there is nothing to decide."
+    ]
+
+
+def test_the_answer_keeps_apart_what_an_effect_is_measured_against():
+    rows = [row("x", "supported"), row("y", "refuted") | {"against": "c"}]
+    assert words.across(rows, 2) == [
+        "weights (a - b, of 1 that have both): supported in x.",
+        "weights (a - c, of 1 that have both): refuted in y.",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def fill(lab: Lab, graph: Graph, accuracy, *, status="done", best=1, skip=()) ->
 
 
 def made_up_masks(graph: Graph, node) -> dict:
-    if node.level == 0:
+    if node.level == 0 or graph.study.prune.is_structured:
         return {}
     shapes = {"hidden1.weight": (6, 64), "output.weight": (10, 6)}
     full = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
@@ -327,3 +328,61 @@ def test_pictures_and_layers_are_those_of_the_first_seeds_masks(lab):
         (level, name) for level in (1, 2) for name in state_masks
     }
     assert all(r["total"] == graph.network.sizes[r["layer"]] for r in document["layers"])
+
+
+def change(lab: Lab, node, **changes) -> None:
+    """Keep a run's record with some of its facts changed."""
+    record, state = lab.record(node.address), lab.weights(node.address)
+    record = replace(record, **changes)
+    state.evaluations, state.diverged = record.evaluations, record.status == "diverged"
+    lab.finish(record, state)
+
+
+def channel_study(**changes):
+    channels = {"criterion": "filter-norm", "structure": "channels", "selection": "global"}
+    rewind = {"kind": "rewind", "to": {"kind": "to-step", "step": 20}}
+    return study(prune=channels, arms=["ticket", rewind], **changes)
+
+
+def test_where_only_training_tells_what_stays_each_arm_has_its_own_density(lab):
+    graph = expand(channel_study(levels=1, verdict_level=1))
+    kept = {"ticket": 100, "rewind": 60, "dense": -1}
+    fill(lab, graph, noisy)
+    for node in graph.nodes:
+        change(lab, node, kept=kept[node.arm] + 2 * node.seed * (node.level > 0))
+    document, whole = summed(graph, lab), sum(graph.network.sizes.values())
+    for found in document["arms"]:
+        expected = 1.0 if found["level"] == 0 else (kept[found["arm"]] + 2) / whole
+        assert found["density"] == pytest.approx(expected)
+    won = document["winner_record"]
+    assert won["density"] == (kept[won["arm"]] + 2 * won["seed"]) / whole
+
+
+def test_a_diverged_run_never_stops_in_the_steps_that_it_was_granted(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy, status=lambda node: "diverged" if node.arm == "reinit" else "done")
+    for node in graph.nodes:
+        change(lab, node, budget={"steps": 77, "multiply_adds": 5})
+    rows = summed(graph, lab)["arms"]
+    found = [r for r in rows if (r["arm"], r["metric"]) == ("reinit", "early_stop_step")]
+    assert {run["value"] for each in found for run in each["runs"]} == {77.0}
+
+
+def test_curves_are_of_the_steps_that_all_seeds_were_looked_at(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    ends = {}
+    for node in graph.nodes:
+        *others, last = lab.record(node.address).evaluations
+        last = replace(last, step=last.step + 5 * node.seed)
+        ends.setdefault((node.arm, node.level), []).append(last.step)
+        change(lab, node, evaluations=[*others, last])
+    for curve in summed(graph, lab)["curves"]:
+        assert not set(curve["steps"]) & set(ends[curve["arm"], curve["level"]][1:])
+        assert len(curve["steps"]) == len(curve["test_accuracy"]["mean"]) >= 2
+
+
+def test_what_was_planned_alone_is_not_compared(lab):
+    graph = expand(study())
+    rows = summed(graph, lab)["verdicts"]
+    assert {row["budget_ratio"] for row in rows} == {None}

@@ -59,11 +59,10 @@ def test_a_designs_verdict_is_a_sentence_of_its_own():
         row("transferred", "transferred", "uniform-width"),
     ]
     assert words.answer(PLAN, document(*rows)) == [
-        "With as many parameters, the widths that pruning found for each stage are no better than"
-        " one width for the whole network.",
+        "Beside one width of nearly as many parameters, the widths that pruning found for each"
+        " stage are no better.",
         "In numbers: guided - uniform-width -0.20 pp [-1.20, +0.80], n = 5.",
-        "With as many parameters, the widths found elsewhere are better than one width for the"
-        " whole network.",
+        "Beside one width of nearly as many parameters, the widths found elsewhere are better.",
         "In numbers: transferred - uniform-width +2.00 pp [+1.00, +3.00], n = 5.",
     ]
 

@@ -170,7 +170,10 @@ def result(document: Json) -> RenderableType:
     told = [*document["notes"], *([] if estimate is None else [estimate])]
     notes = [Text(f"Note: {note}", style="dim") for note in told]
     failures = [
-        Text(f"Failed: {f['arm']} level {f['level']} seed {f['seed']}: {f['reason']}", style="red")
+        Text(
+            f"Failed: {_case(f)}{f['arm']} level {f['level']} seed {f['seed']}: {f['reason']}",
+            style="red",
+        )
         for f in document["failures"]
     ]
     if "cases" in document:
@@ -181,6 +184,10 @@ def result(document: Json) -> RenderableType:
         return Group(*answer, *each, Text(), verdicts(document), *notes, *failures)
     tables = arms(document), budgets(document), verdicts(document)
     return Group(*answer, Text(), *tables, *notes, *failures)
+
+
+def _case(row: Json) -> str:
+    return f"{row['case']}, " if "case" in row else ""
 
 
 def plan(document: Json) -> RenderableType:
@@ -336,6 +343,8 @@ def pattern(document: Json) -> RenderableType:
     cases = document.get("cases", {})
     if cases:
         return Group(*(pattern({"study": case, **each}) for case, each in cases.items()))
+    if "reason" in document:
+        return Text(f"{document['study']}: {document['reason']}", style="dim")
     number = len(document["runs"])
     told = f"kept of each stage's {document['unit']} at level {document['level']}, n = {number}"
     table = Table(title=f"{document['study']}: {told}")

@@ -50,22 +50,26 @@ class Findings:
         self.is_overlap = plan["metric"] == "mask_overlap"
         self.designs: dict[str, Json] = plan.get("designs", {})
         self.is_structured = "structure" in plan["study"]["prune"]
-        self.plan = {**plan, "densities": plan["densities"] | self._measured_densities(plan)}
+        structure = plan["study"]["prune"].get("structure", {"kind": "weights"})
+        self.unit: str = structure["kind"]
+        self._measured = self._measured_densities(plan)
+        told = {str(level): density for (_, level), density in reversed(self._measured.items())}
+        self.plan = {**plan, "densities": plan["densities"] | told}  # the first arm's: a ticket's
         self._places = {(node.arm, node.level, node.seed): node for node in self.nodes}
         self._masks: dict[str, Masks] = {}
         self.rows = self._rows()
 
     # ---- budgets ----
 
-    def _measured_densities(self, plan: Json) -> dict[str, float]:
-        """Of levels whose networks lost channels, how many only training tells: means over runs."""
-        found: dict[str, list[int]] = {}
+    def _measured_densities(self, plan: Json) -> dict[tuple[str, int], float]:
+        """Of arms whose networks lost channels, how many only training tells: means over seeds."""
+        found: dict[tuple[str, int], list[int]] = {}
         for node in self.nodes if self.is_structured else ():
             record = self.records.get(node.address)
             if record is not None and record.kept >= 0:
-                found.setdefault(str(node.level), []).append(record.kept)
+                found.setdefault((node.arm, node.level), []).append(record.kept)
         whole = sum(plan["sizes"].values())
-        return {level: fmean(kept) / whole for level, kept in found.items()}
+        return {place: fmean(kept) / whole for place, kept in found.items()}
 
     def budget(self, node: Node) -> dict[str, float]:
         """The `steps`, `multiply_adds` of an example, and training `flops` that a run was granted.
@@ -95,7 +99,8 @@ class Findings:
     def density(self, arm: str, level: int) -> float:
         """Of an arm at a level: what is kept, or the weights of a design beside the dense ones."""
         found = self.designs.get(arm)
-        return found["density"] if found else self.plan["densities"][str(level)]
+        planned: float = found["density"] if found else self.plan["densities"][str(level)]
+        return self._measured.get((arm, level), planned)
 
     def masks(self, address: str) -> Masks:
         """A stored run's masks, read once."""
@@ -107,10 +112,10 @@ class Findings:
         record = self.records.get(node.address)
         if record is None:
             return None
-        first, last = self.plan["clocks"][node.address]
+        first = self.plan["clocks"][node.address][0]
         if record.status == "diverged" and metric not in DESCRIBED:
             never = metric == FEWER_IS_BETTER
-            return float(last - first) if never else 1 / self.plan["num_classes"]
+            return float(self.budget(node)["steps"]) if never else 1 / self.plan["num_classes"]
         stop = early_stop(record.evaluations)
         match metric:
             case "distance":
@@ -240,7 +245,7 @@ class Findings:
             "metric": metric,
             "num_diverged": sum(side["num_diverged"] for side in sides if side),
             "num_censored": sum(side["num_censored"] for side in sides if side),
-            "budget_ratio": _quotient(*(side["flops"] if side else None for side in sides)),
+            "budget_ratio": _quotient(*(_cost(side) for side in sides)),
         }
 
     def _effects(self, level: int) -> list[Effect]:
@@ -290,6 +295,11 @@ class Findings:
             if (level, metric) != primary
             and (differences := self._differences(effect, level, metric)) != []
         )
+
+
+def _cost(side: Json | None) -> float | None:
+    """The FLOPs of a row all of whose runs are there: planned ones are not compared."""
+    return side["flops"] if side and side["mean"] is not None else None
 
 
 def _quotient(one: float | None, other: float | None) -> float | None:

@@ -69,14 +69,14 @@ def masked_multiply_adds(dense: Mapping[str, int], masks: Mapping[str, Tensor]) 
     for name, mask in masks.items():
         if name not in dense:
             raise ValueError(f"masks must be of the network's weights; `{name}` is none of them.")
-        if mask.numel() == 0 or dense[name] % mask.numel():
+        if dense[name] % mask.numel() if mask.numel() else dense[name]:
             raise ValueError(
                 f"the mask of `{name}` must have its shape; got {list(mask.shape)}, whose size "
                 f"does not divide {dense[name]} multiply-adds."
             )
     kept = {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
     return {
-        name: count // masks[name].numel() * kept[name] if name in kept else count
+        name: count // max(1, masks[name].numel()) * kept[name] if name in kept else count
         for name, count in dense.items()
     }
 

@@ -264,6 +264,7 @@ def _looked_at(model: Model, data: Dataset) -> tuple[nn.Module, Network]:
         raise SpecError(
             f"`model` must have a Linear or Conv layer to prune; got {type(module).__name__}."
         )
+    zoo.check_gradients(module, shape, tag(type(model)))
     params = dict(module.named_parameters())
     sizes = {name: params[name].numel() for name in kinds}
     multiply_adds = flops.multiply_adds(module, shape)

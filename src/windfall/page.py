@@ -129,6 +129,7 @@ def render(document: Document) -> str:
         comparisons=list(_groups(_traced(document["comparisons"], arms), "difference", (0.0,))),
         margin=margin,
         basis=_basis(arms),
+        unit=next((row["unit"] for row in document["layers"] if "unit" in row), "weights"),
         records=records,
         reasons=reasons,
         settings=list(_leaves(document["settings"])),
@@ -144,14 +145,17 @@ def render_suite(document: Document) -> str:
             case, is optional.
     """
     verdicts = document["verdicts"]
-    effects = dict.fromkeys(row["effect"] for row in verdicts)
+    effects = dict.fromkeys((row["effect"], row["arm"], row["against"]) for row in verdicts)
     basis = _basis(verdicts).partition(";")[0]
     drawing = _drawing(plots.forest, verdicts, basis, ()) if verdicts else None
     return _template("suite").render(
         document=document,
         pages=document.get("pages", {}),
         drawing=drawing,
-        effects=[(name, [row for row in verdicts if row["effect"] == name]) for name in effects],
+        effects=[
+            (same[0], [r for r in verdicts if (r["effect"], r["arm"], r["against"]) == same])
+            for same in effects
+        ],
         arms=[(case, _decided_arms(each)) for case, each in document["cases"].items()],
     )
 

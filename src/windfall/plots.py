@@ -129,7 +129,8 @@ def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
     At most four levels are drawn (two where the figure is narrow), evenly chosen from those given.
 
     Args:
-        layers: The document's `layers`: `level`, `layer`, `kept` and `total`, numbers of weights.
+        layers: The document's `layers`: `level`, `layer`, `kept` and `total`, numbers of what
+            `unit` says, weights if it is absent.
         width_inches: Width of the figure.
     """
     names = list(dict.fromkeys(row["layer"] for row in layers))
@@ -147,7 +148,11 @@ def layer_densities(layers: Table, *, width_inches: float = WIDE) -> Figure:
         for place, each in zip(places, kept, strict=True):
             axes.text(100 * each + 2, place, percent(each), va="center_baseline", fontsize=7)
         total = max(1, sum(row["total"] for row in rows))
-        axes.set_title(f"Level {level}, {percent(sum(row['kept'] for row in rows) / total)}")
+        share = percent(sum(row["kept"] for row in rows) / total)
+        of = next(
+            (f" of {row['unit']}" for row in rows if row.get("unit", "weights") != "weights"), ""
+        )
+        axes.set_title(f"Level {level}, {share}{of}")
         axes.set(xlim=(0, 125), ylim=(len(names) - 0.4, -0.6), xticks=[])
         axes.spines["bottom"].set_visible(False)
         axes.set_yticks(range(len(names)), labels)

@@ -18,7 +18,7 @@ from typing import Any
 from windfall.models import UserModel
 from windfall.spec import Json, SpecError, checked, digest, nearest, tag
 from windfall.study import Study
-from windfall.suite import Suite, naming, narrowed, product
+from windfall.suite import Suite, naming, narrowed, product, refuse_alike
 
 _TOLD = ("name", "title", "question")  # of a suite itself
 
@@ -53,11 +53,13 @@ def load(
     told = {name: given.pop(name, document.get(name, "")) for name in _TOLD}
     cases: dict[str, Study] = {}
     for case, changes in product(axes):
-        title = f"{told['title'] or told['name']}: {case}"
-        own = {"name": f"{told['name']}-{case}", "title": title}
-        merged = functools.reduce(_merged, changes, document) | own
         with naming(case):
-            cases[case] = _settled(merged, given, code=code)
+            _refuse_overruled(given, changes)
+            merged = functools.reduce(_merged, changes, _assigned(document, given))
+            merged |= {"name": f"{told['name']}-{case}"}
+            merged |= {"title": f"{told['title'] or told['name']}: {case}"}
+            cases[case] = _settled(merged, {}, code=code)
+    refuse_alike(cases)
     name, title, question = (str(told[each]) for each in _TOLD)
     return Suite(name, title, question, cases)
 
@@ -72,19 +74,50 @@ def _axes(axes: Any, given: dict[str, Any]) -> Json | None:
         raise SpecError(f"`axes` must be a suite's tables of cases, by axis; got {got}.")
     axes, wanted = copy.deepcopy(axes), dict[str, Any]()
     for path in paths:
-        value = given.pop(path)
-        if path.count(".") == 1:
-            wanted[path.removeprefix("axes.")] = value
-        else:
-            _assign({"axes": axes}, path, value)
+        value, (_, *parts) = given.pop(path), path.split(".")
+        if len(parts) == 1:
+            wanted[parts[0]] = value
+            continue
+        if not parts:
+            raise SpecError(f"`axes` must be set by axis, such as `axes.{next(iter(axes))}`.")
+        narrowed(axes, {parts[0]: parts[1]})  # both must be there
+        if len(parts) == 2:
+            raise SpecError(
+                f"`{path}` must be changed field by field, such as `{path}.num_seeds`; got"
+                f" {value!r}."
+            )
+        _assign({"axes": axes}, path, value)
     return narrowed(axes, wanted)
 
 
-def _settled(document: Json, settings: Mapping[str, Any], *, code: bool) -> Study:
+def _refuse_overruled(given: Mapping[str, Any], changes: list[Json]) -> None:
+    """Refuse a setting for all cases where this one sets the same, or what it is a part of."""
+    for path in given:
+        parts = path.split(".")
+        for change in changes:
+            place: Any = change
+            while parts and isinstance(place, dict) and parts[0] in place:
+                place = place[parts.pop(0)]
+            is_whole = not isinstance(place, dict) or "kind" in place
+            if is_whole and place is not change:
+                raise SpecError(
+                    f"`{path}` must be set by case, for this one sets it itself:"
+                    f" `axes.AXIS.CASE.{path}`."
+                )
+            parts = path.split(".")
+
+
+def _assigned(document: Json, settings: Mapping[str, Any]) -> Json:
+    """The settings, some of them changed by path."""
     arms = [arm.to_json() for arm in Study.model_fields["arms"].default]
     whole = {"arms": arms} | copy.deepcopy(document)  # a path into the arms needs them there
     for path, value in settings.items():
         _assign(whole, path, value)
+    return whole
+
+
+def _settled(document: Json, settings: Mapping[str, Any], *, code: bool) -> Study:
+    whole = _assigned(document, settings)
     if not code:
         whole["model"] = _unresolved(whole.get("model"))
     return checked(lambda: Study.model_validate(whole))

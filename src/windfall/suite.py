@@ -8,6 +8,7 @@ share every run that they have in common, and each has its own family of verdict
 """
 
 import itertools
+import re
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,16 @@ def naming(case: str) -> Generator[None]:
         raise SpecError(f"Case {case}: {problem}") from None
 
 
+def refuse_alike(cases: Mapping[str, Study]) -> None:
+    """Refuse, by a `SpecError`, two cases that are one study: it would be counted twice."""
+    known: dict[str, str] = {}
+    for case, study in cases.items():
+        document = {key: value for key, value in study.to_json().items() if key != "name"}
+        other = known.setdefault(digest(document), case)
+        if other != case:
+            raise SpecError(f"`axes` must make its cases differ; {other} and {case} are alike.")
+
+
 def narrowed(axes: Json, wanted: Mapping[str, Any]) -> Json:
     """The axes, those that `wanted` speaks of with the cases it names alone.
 
@@ -87,6 +98,10 @@ def product(axes: Json) -> Iterator[tuple[str, list[Json]]]:
     found: set[str] = set()
     for names in itertools.product(*axes.values()):
         case = "-".join(names)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", case):
+            raise SpecError(
+                f"`axes` must name cases by letters, digits, `-` and `_`; got {case!r}."
+            )
         if case in found:
             raise SpecError(f"`axes` must give every case its own name; got {case} twice.")
         found.add(case)

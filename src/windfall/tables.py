@@ -78,12 +78,12 @@ def curves(findings: Findings, most: int = 120) -> list[Json]:
 
 
 def _curve(arm: str, level: int, density: float, records: list[Record], most: int) -> Json:
-    num = min(len(record.evaluations) for record in records)
-    chosen = range(0, num, math.ceil(num / most))
-    curve: Json = {"arm": arm, "level": level, "density": density}
-    curve["steps"] = [records[0].evaluations[i].step for i in chosen]
+    looks = [{look.step: look for look in record.evaluations} for record in records]
+    steps = sorted(set(looks[0]).intersection(*looks))  # ends differ where budgets do
+    chosen = steps[:: math.ceil(len(steps) / most)]
+    curve: Json = {"arm": arm, "level": level, "density": density, "steps": chosen}
     for metric in ("validation_loss", "test_accuracy"):
-        values = [[float(getattr(r.evaluations[i], metric)) for r in records] for i in chosen]
+        values = [[float(getattr(each[step], metric)) for each in looks] for step in chosen]
         bounds = [stats.mean_interval(v) for v in values]
         curve[metric] = {
             "mean": [fmean(v) for v in values],
@@ -102,7 +102,13 @@ def _first_tickets(findings: Findings) -> list[Node]:
 def layers(findings: Findings) -> list[Json]:
     """Weights, or channels, kept per layer and level, in the first seed's chain."""
     return [
-        {"level": node.level, "layer": name, "kept": int(mask.sum()), "total": mask.numel()}
+        {
+            "level": node.level,
+            "layer": name,
+            "kept": int(mask.sum()),
+            "total": mask.numel(),
+            "unit": findings.unit,
+        }
         for node in _first_tickets(findings)
         for name, mask in findings.masks(node.address).items()
     ]
@@ -225,12 +231,14 @@ def winner(findings: Findings) -> Json:
     if not found:
         return {"winner": None, "winner_record": None}
     node, last = max(found, key=lambda f: (f[1].validation_accuracy, -f[1].validation_loss))
+    kept = findings.records[node.address].kept
+    whole = sum(findings.plan["sizes"].values())
     record = {
         "arm": node.arm,
         "level": node.level,
         "seed": node.seed,
         "validation_accuracy": last.validation_accuracy,
         "test_accuracy": last.test_accuracy,
-        "density": findings.plan["densities"][str(level)],
+        "density": kept / whole if kept >= 0 else 1.0,
     }
     return {"winner": node.address, "winner_record": record}

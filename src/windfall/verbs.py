@@ -143,12 +143,11 @@ def run(
     for case, graph in graphs.items():
         before = (place.recall(key(graph.study)) or {}).get("estimate")
         plans[case] = _remembered(graph, place, before)
-    trained = 0
+    trained = dict[str, int]()
     for index, (case, graph) in enumerate(graphs.items(), start=1):
         told = f"{chosen.name}: {case} ({index} of {len(graphs)})" if case else chosen.name
         with _watching(told, watch) as shown:
-            number, plans[case] = _trained(graph, plans[case], place, workers, picked, shown)
-        trained += number
+            trained[case], plans[case] = _trained(graph, plans[case], place, workers, picked, shown)
     page = place.folder / f"{chosen.name}.html"
     return _result(chosen, plans, place, begun, trained=trained, page=page)
 
@@ -198,15 +197,20 @@ def _result(
     lab: Lab,
     begun: float,
     *,
-    trained: int = 0,
+    trained: Mapping[str, int] | None = None,
     page: Path | None = None,
 ) -> Result:
     """What was found, from the lab; of a suite a page for each case is written beside its own."""
+    counted = trained or {}
     documents = {case: tables.summary(plan, lab) for case, plan in plans.items()}
-    runs = _counts(plans, lab, documents.values(), trained)
+    runs = _counts(plans, lab, documents.values(), sum(counted.values()))
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     for case, document in documents.items():
-        own = runs if not case else _counts({case: plans[case]}, lab, [document], 0)
+        own = (
+            runs
+            if not case
+            else _counts({case: plans[case]}, lab, [document], counted.get(case, 0))
+        )
         document |= {"runs": own, "seconds": document["training_seconds"], "created": created}
     whole = documents.get("")
     if isinstance(chosen, Suite):
@@ -214,9 +218,9 @@ def _result(
     assert whole is not None
     if page is not None:
         pages = {case: page.with_stem(f"{page.stem}-{case}") for case in documents if case}
+        _write_page(whole | {"pages": {case: path.name for case, path in pages.items()}}, page)
         for case, path in pages.items():
             _write_page(documents[case], path)
-        _write_page(whole | {"pages": {case: path.name for case, path in pages.items()}}, page)
     return Result(whole, runs, time.monotonic() - begun, lab.folder, page)
 
 
@@ -322,10 +326,15 @@ def pattern(
         The study's name and what `patterns.pattern` tells; of a suite, for each of its `cases`.
     """
     chosen, plans, place = _from_lab(study, settings, lab)
-    found = {case: patterns.pattern(Findings(plan, place)) for case, plan in plans.items()}
-    if isinstance(chosen, Suite):
-        return {"study": chosen.name, "cases": found}
-    return {"study": chosen.name, **found[""]}
+    if not isinstance(chosen, Suite):
+        return {"study": chosen.name, **patterns.pattern(Findings(plans[""], place))}
+    found = dict[str, Json]()
+    for case, plan in plans.items():
+        try:
+            found[case] = patterns.pattern(Findings(plan, place))
+        except SpecError as problem:
+            found[case] = {"reason": str(problem)}
+    return {"study": chosen.name, "cases": found}
 
 
 def report(

@@ -12,7 +12,7 @@ _CAUSES = {
     "initialization": "its lucky initialization",
     "weights": "the weights it inherited",
     "weights-e": "the weights it inherited, against scratch for as many steps",
-    "weights-b": "the weights it inherited, against scratch at the same budget",
+    "weights-b": "the weights it inherited, against scratch at the dense network's budget",
     "connectivity": "which connections were kept",
     "allocation": "how many each layer kept",
 }
@@ -121,7 +121,8 @@ def across(verdicts: Sequence[Json], num_cases: int) -> list[str]:
         return ["No case has both arms of a comparison: there is nothing to decide."]
     sentences = _lead(verdicts)
     for effect, arm, against in effects:
-        rows = [row for row in verdicts if row["effect"] == effect]
+        same = (effect, arm, against)
+        rows = [r for r in verdicts if (r["effect"], r["arm"], r["against"]) == same]
         told = [_in_cases(word, rows) for word in ("supported", "refuted", "undecided")]
         more = f", of {len(rows)} that have both" if len(rows) < num_cases else ""
         found = "; ".join(part for part in told if part)
@@ -173,15 +174,16 @@ def _causes(plan: Json, rows: dict[str, Json]) -> list[str]:
 def _designs(rows: dict[str, Json]) -> list[str]:
     """Of networks that pruning only designed: what their widths, stage by stage, are worth."""
     told = {
-        "supported": "are better than one width for the whole network",
-        "refuted": "are no better than one width for the whole network",
-        "undecided": "may or may not be better than one width for the whole network",
+        "supported": "are better",
+        "refuted": "are no better",
+        "undecided": "may or may not be better",
     }
     where = {"guided": "that pruning found for each stage", "transferred": "found elsewhere"}
     chosen = {effect: rows[effect] for effect in where if effect in rows}
     sentences = (
         (
-            f"With as many parameters, the widths {where[effect]} {told[row['verdict']]}.",
+            "Beside one width of nearly as many parameters, the widths"
+            f" {where[effect]} {told[row['verdict']]}.",
             f"In numbers: {_compares(row)} {_what_more(row)}.",
         )
         for effect, row in chosen.items()

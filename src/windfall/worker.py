@@ -107,7 +107,7 @@ class _Program:
 class _Trained:
     """What came of a program: final states by address, seconds of them all, engine and device.
 
-    `measures` are what a record holds of each beside: its budget, and its distance.
+    `measures` are what a record holds of each beside: what it kept, its budget, its distance.
     """
 
     finals: dict[str, State]
@@ -375,12 +375,20 @@ class Workshop:
         seconds = spent + time.monotonic() - begun
         measures = {
             address: {
+                "kept": self._kept(run, final),
                 "budget": _budget(task, run, final),
                 "distance": _distance(begun_with[address], final),
             }
             for (address, final), run, task in zip(named.items(), runs, tasks, strict=True)
         }
         return _Trained(named, seconds, engine, measures)
+
+    def _kept(self, run: Run, final: State) -> int:
+        """The number of prunable weights that a mask keeps or that are left; -1 if all are."""
+        if not final.channels:
+            return sum(int(mask.sum()) for mask in final.masks.values()) if final.masks else -1
+        kinds = models.kinds(self.network(run), self.data(run).input_shape)
+        return sum(final.params[name].numel() for name in kinds)
 
     def _task(self, run: Run, state: State, keep: frozenset[int]) -> Task:
         data, network = self.data(run), self.network(run, state)
@@ -452,12 +460,11 @@ def _recorded(job: Job, trained: _Trained) -> list[tuple[Record, State]]:
                 "diverged" if final.diverged else "done",
                 final.evaluations,
                 sorted(final.snapshots),
-                _kept(final),
-                share,
-                trained.engine,
-                versions(),
-                now(),
-                stack,
+                seconds=share,
+                engine=trained.engine,
+                versions=versions(),
+                created=now(),
+                stack=stack,
                 **trained.measures[address],
             ),
             final,
@@ -472,13 +479,6 @@ def _give_channels(states: Sequence[State], channels: Sequence[Masks]) -> None:
         state.channels = stay
         for snapshot in state.snapshots.values():
             snapshot.channels = stay
-
-
-def _kept(state: State) -> int:
-    """The number of weights that a mask keeps, or that are left beside channels; -1 if all are."""
-    if state.channels:
-        return sum(p.numel() for p in state.params.values() if p.dim() > 1)
-    return sum(int(mask.sum()) for mask in state.masks.values()) if state.masks else -1
 
 
 def _budget(task: Task, run: Run, final: State) -> dict[str, int]:

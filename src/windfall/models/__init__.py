@@ -17,7 +17,14 @@ from pydantic import BeforeValidator
 
 from windfall.models.dense import Densenet_40, Densenet_BC_100
 from windfall.models.gates import Gate
-from windfall.models.inspection import Kind, Watch, check_outputs, kinds, observe
+from windfall.models.inspection import (
+    Kind,
+    Watch,
+    check_gradients,
+    check_outputs,
+    kinds,
+    observe,
+)
 from windfall.models.plain import Conv_2, Conv_4, Conv_6, Lenet_300_100, Mlp
 from windfall.models.preactivated import Preresnet_110, Preresnet_164
 from windfall.models.residual import Resnet_20, Resnet_56, Resnet_110
@@ -70,6 +77,7 @@ __all__ = [
     "Vgg_16",
     "Vgg_19",
     "Watch",
+    "check_gradients",
     "check_outputs",
     "is_importable",
     "kinds",

@@ -99,3 +99,18 @@ def check_outputs(
         f"model must return logits of shape {(2, num_classes)} for inputs of shape "
         f"{(2, *input_shape)}; got {shape}, from `{model_name}`."
     )
+
+
+def check_gradients(module: nn.Module, input_shape: tuple[int, ...], model_name: str) -> None:
+    """Refuse, by a `SpecError`, a network from whose outputs no gradient reaches a parameter."""
+    params = [param for param in module.parameters() if param.requires_grad]
+    like = next(iter(params), torch.zeros(()))
+    was_training = module.training
+    with torch.enable_grad():
+        outputs = module.eval()(torch.zeros(2, *input_shape, dtype=like.dtype))
+    module.train(was_training)
+    if not outputs.requires_grad:
+        raise SpecError(
+            f"model must have a gradient path from its outputs to its weights; `{model_name}` has"
+            " none (`no_grad`, `detach`, `requires_grad=False`)."
+        )
