@@ -308,7 +308,7 @@ def test_products_of_means_miss_half_or_all_of_a_hidden_layers_update(
 ):
     goal = Teacher(hidden=hidden, seed=1).parameters(20, num_outputs)
     student = Student(hidden=hidden, multi=2, start=start).parameters(goal, 0)
-    apart = missed(student, goal, gaussian(1000, 20, std=std))
+    apart = missed(student, goal, gaussian(400, 20, std=std))
     assert low < apart["hidden1"] < high
     assert apart["output"] < 1e-10
 
@@ -381,9 +381,23 @@ def test_a_dead_node_correlates_with_nothing_and_is_counted():
     assert dynamics.best(rho)[1] == 0
 
 
+def test_a_node_that_hardly_varies_hardly_correlates():
+    one = nodes(1, 0)
+    faint = 1e-8 * one  # of a squared norm far below 1e-10
+    assert 0 < float(dynamics.correlation(one, faint)) < 0.01
+
+
 def test_correlations_of_other_inputs_are_refused():
     with pytest.raises(ValueError, match="same inputs; got 60 and 59 samples"):
         dynamics.correlation(nodes(3, 0), nodes(3, 0)[1:])
+
+
+def test_a_node_at_exactly_0_does_not_fire():
+    params = network((2,), 0)
+    params["hidden1.weight"] = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.float64)
+    params["hidden1.bias"] = torch.zeros(2, dtype=torch.float64)
+    gates = dynamics.signals(params, torch.ones(1, 4, dtype=torch.float64)).gates["hidden1"]
+    assert gates.tolist() == [[0, 1, 1]]  # the last is the bias node
 
 
 def test_activations_are_what_the_zoos_network_computes():

@@ -143,7 +143,7 @@ def test_the_update_over_all_inputs_is_minus_the_losss_gradient():
                 moved[field][place] += sign * 1e-3
                 losses.append(simulation.exact_loss(Network(**moved), teacher))
             slope = (losses[0] - losses[1]) / 2e-3
-            assert getattr(update, field)[place] == pytest.approx(-slope, abs=2e-4)
+            assert getattr(update, field)[place] == pytest.approx(-slope, abs=2e-5)
 
 
 def test_the_update_over_all_inputs_is_what_batches_give_within_their_error():

@@ -171,15 +171,6 @@ def test_layers_that_do_not_chain_are_refused():
         teachers.layer_sizes(broken)
 
 
-def test_unit_rows_keep_when_a_node_fires():
-    weight, bias = 3 * GOAL["hidden1.weight"], GOAL["hidden1.bias"]
-    unit, divided = teachers.unit_rows(weight, bias)
-    torch.testing.assert_close(unit.norm(dim=1), torch.ones(4).double())
-    torch.testing.assert_close(divided, bias / 3)
-    with pytest.raises(ValueError, match="no row must be 0; got 1 of 2"):
-        teachers.unit_rows(torch.tensor([[0.0], [1.0]]), torch.zeros(2))
-
-
 # -- students ---------------------------------------------------------------------------------
 
 

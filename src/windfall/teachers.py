@@ -65,24 +65,6 @@ def layer_sizes(params: Params) -> tuple[int, ...]:
     return weights[0].shape[1], *(weight.shape[0] for weight in weights)
 
 
-def unit_rows(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row, and the bias of its node, divided by the row's L2 norm; the bias is not in it.
-
-    A ReLU node divided by c > 0 fires on the same inputs and is c times weaker.
-
-    Args:
-        weight: [out, in], no row zero.
-        bias: [out].
-
-    Raises:
-        ValueError: when a row is zero.
-    """
-    norms = weight.norm(dim=1)
-    if bool((norms == 0).any()):
-        raise ValueError(f"no row must be 0; got {int((norms == 0).sum())} of {len(norms)}.")
-    return weight / norms[:, None], bias / norms
-
-
 # -- teachers --------------------------------------------------------------------------------------
 
 
