@@ -12,8 +12,9 @@ import windfall
 # A module imports only from those before it; the list is the order of reading.
 LAYERS = {
     "ground": "spec, seeds, limits",
-    "mathematics": "masks, initialize, models, flops, structure, tracing, units, compact, "
-    "architecture, reconstruction, evidence, filters, criteria, selection, adjust, prune",
+    "mathematics": "masks, initialize, models, teachers, flops, dynamics, simulation, structure, "
+    "tracing, units, compact, architecture, reconstruction, evidence, filters, criteria, "
+    "selection, adjust, prune",
     "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
     "tickets, arms",
     "studies": "stats, study, graph, suite, settings, states, store, worker, service, schedule, "
