@@ -414,7 +414,7 @@ def test_files_are_renamed_all_or_none(labs, tmp_path, monkeypatch):
     replace = formats.Path.replace
 
     def stopped(path, other):
-        if other.name == "net.json":
+        if other.name == "net.json" and not path.name.startswith("older"):
             raise OSError(5, "Input/output error")
         return replace(path, other)
 
@@ -424,6 +424,11 @@ def test_files_are_renamed_all_or_none(labs, tmp_path, monkeypatch):
     with pytest.raises(SpecError, match="Input/output error"):
         verbs.export(at(of, "ticket", 1), tmp_path / "net.safetensors", lab=lab.folder)
     assert left(tmp_path) == []
+    for suffix in (".safetensors", ".json"):
+        (tmp_path / f"net{suffix}").write_text("older")
+    with pytest.raises(SpecError, match="Input/output error"):
+        verbs.export(at(of, "ticket", 1), tmp_path / "net.safetensors", lab=lab.folder)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"] * 2
 
 
 def test_an_interruption_leaves_nothing(labs, tmp_path, monkeypatch):

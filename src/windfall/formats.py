@@ -300,19 +300,25 @@ def _beside(base: Path) -> Generator[Path]:
 
 
 def _renamed(folder: Path, to: Target) -> list[Path]:
-    """Give the files of a folder their names, all or none."""
+    """Give the files of a folder their names, all or none; if none, older ones keep theirs."""
     places = [to.within(to.base.parent, suffix) for suffix in SUFFIXES]
     pairs = [(folder / path.name, path) for path in places if (folder / path.name).exists()]
     taken = [path for _, path in pairs if path.is_dir()]
     if taken:
         raise IsADirectoryError(errno.EISDIR, f"{taken[0]} is a folder")
+    older = {path: folder / f"older-{path.name}" for _, path in pairs if path.exists()}
     moved: list[Path] = []
     try:
+        for path, aside in older.items():
+            path.replace(aside)
         for made, path in pairs:
             made.replace(path)
             moved.append(path)
     except OSError:
         for path in moved:
             path.unlink(missing_ok=True)
+        for path, aside in older.items():
+            if aside.exists():
+                aside.replace(path)
         raise
     return moved

@@ -53,12 +53,14 @@ def highest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
     return mask.reshape(alive.shape)
 
 
-def _refuse_empty(counts: dict[str, int], level: int) -> dict[str, int]:
+def _refuse_empty(
+    counts: dict[str, int], level: int, rate: str = "the rate of its kind of layer"
+) -> dict[str, int]:
     for name, count in counts.items():
         if count < 1:
             raise SpecError(
                 f"`prune` must leave every layer at least one weight; got 0 of `{name}` at level"
-                f" {level}. Lower the rate of its kind of layer or the number of levels."
+                f" {level}. Lower {rate} or the number of levels."
             )
     return counts
 
@@ -181,7 +183,7 @@ class Ratios(Spec):
             )
         pairs = zip(totals.items(), self.removed, strict=True)
         counts = {name: remaining(size, rate, level) for (name, size), rate in pairs}
-        return _refuse_empty(counts, level)
+        return _refuse_empty(counts, level, "its fraction")
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
