@@ -249,13 +249,8 @@ class OtherInit(Spec):
         return family.chain(family.dense(init=SHIFT + family.seed), ToStep(), level)
 
 
-class Guided(Spec):
-    """An unpruned network of the stages' widths that pruning found: the allocation over stages.
-
-    It is the study's network with these factors, newly initialized, and stands at the level of the
-    verdicts.
-
-    Source: Liu et al. 2019 (1810.05270), section 5, guided pruning.
+class _Designed(Spec):
+    """What the arms that are an unpruned network of given widths share.
 
     Args:
         stages: of each stage, the factor on its channels; `windfall pattern` tells them.
@@ -274,7 +269,21 @@ class Guided(Spec):
         return family.designed(self.design(family.base.model))
 
 
-class Transferred(Spec):
+class Guided(_Designed):
+    """An unpruned network of the stages' widths that pruning found: the allocation over stages.
+
+    It is the study's network with these factors, newly initialized, and stands at the level of the
+    verdicts.
+
+    Source: Liu et al. 2019 (1810.05270), section 5, guided pruning.
+
+    Args:
+        stages: of each stage, the factor on its channels; `windfall pattern` tells them.
+        shared: of the channels that a residual stage's blocks add to; None is 1 for all.
+    """
+
+
+class Transferred(_Designed):
     """As `Guided`, by what pruning found in another network or on other data.
 
     Source: Liu et al. 2019 (1810.05270), section 5, transferable design.
@@ -283,17 +292,6 @@ class Transferred(Spec):
         stages: as of `Guided`, measured elsewhere.
         shared: as of `Guided`.
     """
-
-    stages: Ratios
-    shared: Ratios | None = None
-
-    def design(self, model: Model) -> Model:
-        """The network, from the study's."""
-        return architecture.guided(model, self.stages, self.shared)
-
-    def run(self, family: Family, level: int) -> str:  # noqa: ARG002  the family's signature
-        """The run's address, the same at every level."""
-        return family.designed(self.design(family.base.model))
 
 
 class UniformWidth(Spec):

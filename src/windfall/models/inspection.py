@@ -21,10 +21,11 @@ def observe(
     *,
     batch_size: int = 2,
     name: str = "the network",
+    gradients: bool = False,
 ) -> Any:
     """The outputs on zeros, while `watch` sees each layer run; the network is left as it was.
 
-    One forward pass, in evaluation mode and without gradients.
+    One forward pass, in evaluation mode.
 
     Args:
         module: the network.
@@ -32,6 +33,7 @@ def observe(
         watch: called with the weight's name, the layer, its input and its output.
         batch_size: how many inputs, at least 1.
         name: what an error calls the network.
+        gradients: make the outputs ones that gradients can be taken of.
 
     Raises:
         SpecError: when the network does not accept such inputs.
@@ -48,7 +50,8 @@ def observe(
             watch(names[id(layer.weight)], layer, [*args, *named.values()][0], output)
 
     modes = [(part, part.training) for part in module.modules()]
-    with contextlib.ExitStack() as undo, seeds.isolated(0, "observe"), torch.no_grad():
+    with contextlib.ExitStack() as undo, seeds.isolated(0, "observe"):
+        undo.enter_context(torch.set_grad_enabled(gradients))
         for part, _ in modes:
             undo.callback(part.register_forward_hook(ran, with_kwargs=True).remove)
         for part, mode in modes:
@@ -103,12 +106,7 @@ def check_outputs(
 
 def check_gradients(module: nn.Module, input_shape: tuple[int, ...], model_name: str) -> None:
     """Refuse, by a `SpecError`, a network from whose outputs no gradient reaches a parameter."""
-    params = [param for param in module.parameters() if param.requires_grad]
-    like = next(iter(params), torch.zeros(()))
-    was_training = module.training
-    with torch.enable_grad():
-        outputs = module.eval()(torch.zeros(2, *input_shape, dtype=like.dtype))
-    module.train(was_training)
+    outputs = observe(module, input_shape, name=f"`{model_name}`", gradients=True)
     if not outputs.requires_grad:
         raise SpecError(
             f"model must have a gradient path from its outputs to its weights; `{model_name}` has"
