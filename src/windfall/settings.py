@@ -49,7 +49,7 @@ def load(
     document, given = read(study), dict(settings or {})
     axes = _axes(document.pop("axes", None), given)
     if axes is None:
-        return _settled(document, given, code=code)
+        return _settled(_assigned(document, given), code=code)
     told = {name: given.pop(name, document.get(name, "")) for name in _TOLD}
     cases: dict[str, Study] = {}
     for case, changes in product(axes):
@@ -58,7 +58,7 @@ def load(
             merged = functools.reduce(_merged, changes, _assigned(document, given))
             merged |= {"name": f"{told['name']}-{case}"}
             merged |= {"title": f"{told['title'] or told['name']}: {case}"}
-            cases[case] = _settled(merged, {}, code=code)
+            cases[case] = _settled(merged, code=code)
     refuse_alike(cases)
     name, title, question = (str(told[each]) for each in _TOLD)
     return Suite(name, title, question, cases)
@@ -116,11 +116,10 @@ def _assigned(document: Json, settings: Mapping[str, Any]) -> Json:
     return whole
 
 
-def _settled(document: Json, settings: Mapping[str, Any], *, code: bool) -> Study:
-    whole = _assigned(document, settings)
+def _settled(document: Json, *, code: bool) -> Study:
     if not code:
-        whole["model"] = _unresolved(whole.get("model"))
-    return checked(lambda: Study.model_validate(whole))
+        document["model"] = _unresolved(document.get("model"))
+    return checked(lambda: Study.model_validate(document))
 
 
 def _unresolved(model: Any) -> Any:
@@ -130,10 +129,8 @@ def _unresolved(model: Any) -> Any:
     return {"kind": tag(UserModel), "callable": name, "source": "", "parameters": {}}
 
 
-def key(study: Study | Suite) -> str:
+def key(study: Study) -> str:
     """What a lab knows a study by: the digest of its settings, a user's network by its name."""
-    if isinstance(study, Suite):
-        return digest({"suite": {case: key(each) for case, each in study.cases.items()}})
     document = study.to_json()
     for name in ("source", "parameters"):
         document["model"].pop(name, None)

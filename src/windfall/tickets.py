@@ -92,14 +92,14 @@ class Surroundings:
 
     Args:
         network: the whole network; its values do not matter.
-        input_shape: of one sample.
+        groups: of it, all that channels or blocks can be removed from.
         inputs: gives so many inputs of the training part, as the network is given them.
         fresh: gives the state of the run's network newly initialized and then made smaller by a
             function; None where survivors keep values.
     """
 
     network: nn.Module
-    input_shape: tuple[int, ...]
+    groups: Sequence[Group]
     inputs: Callable[[int], Tensor]
     fresh: Callable[[Callable[[nn.Module], nn.Module]], State] | None = None
 
@@ -114,8 +114,7 @@ def begin_smaller(
         BrokenTicket: when the proof fails.
     """
     initial = lineage.initial.params | lineage.initial.buffers
-    assert not isinstance(start.prune.structure, Weights)
-    groups = start.prune.structure.groups(around.network, around.input_shape)
+    groups = around.groups
     before = lineage.parent.channels or {
         group.name: torch.ones(group.size, dtype=torch.bool) for group in groups
     }

@@ -142,7 +142,7 @@ def run(
     place, plans = Lab(lab_folder(lab)), dict[str, Json]()
     for case, graph in graphs.items():
         before = (place.recall(key(graph.study)) or {}).get("estimate")
-        plans[case] = _remembered(graph, place, before)
+        plans[case] = _remembered(graph, tables.outline(graph), place, before)
     trained = dict[str, int]()
     for index, (case, graph) in enumerate(graphs.items(), start=1):
         told = f"{chosen.name}: {case} ({index} of {len(graphs)})" if case else chosen.name
@@ -157,9 +157,9 @@ def _expanded(case: str, study: Study) -> Graph:
         return expand(study)
 
 
-def _remembered(graph: Graph, lab: Lab, estimate: Json | None) -> Json:
+def _remembered(graph: Graph, plan: Json, lab: Lab, estimate: Json | None) -> Json:
     """What a study consists of and what was estimated of it, kept in the lab."""
-    plan = tables.outline(graph) | {"estimate": estimate}
+    plan = plan | {"estimate": estimate}
     lab.remember(key(graph.study), graph.study.name, plan)
     return plan
 
@@ -170,13 +170,13 @@ def _trained(
     """Train what a graph lacks; the number of runs that were, and the plan with its estimate."""
     told = costs.forecast(graph, lab, workers or num_cores(), device)
     if told is not None:
-        plan = _remembered(graph, lab, told)
+        plan = _remembered(graph, plan, lab, told)
     missing, started = set(graph.runs) - lab.records(graph.runs).keys(), time.monotonic()
     outcome = execute(graph, lab, workers=workers, device=device, watch=watch)
     if told is not None:
         records = list(lab.records(missing).values())
         took = costs.measured(told, records, time.monotonic() - started)
-        plan = _remembered(graph, lab, took)
+        plan = _remembered(graph, plan, lab, took)
     return outcome.trained, plan
 
 

@@ -26,9 +26,11 @@ from windfall.initialize import initial_parameters
 from windfall.masks import Masks
 from windfall.prune import Continue, ToStep
 from windfall.runs import Fresh, Pruned, Run
-from windfall.spec import Json, SpecError, digest
+from windfall.spec import Json, SpecError, digest, tag
 from windfall.store import FULL, Lab, Record, now
+from windfall.structure import Group
 from windfall.train import State
+from windfall.units import Weights
 
 CHECKPOINT_SECONDS = 30.0  # at most this much training is lost to a crash
 
@@ -157,6 +159,9 @@ class Workshop:
     lab: Lab
     device: str
     _data: dict[str, Dataset] = field(default_factory=dict[str, Dataset], repr=False)
+    _groups: dict[str, tuple[Group, ...]] = field(
+        default_factory=dict[str, tuple[Group, ...]], repr=False
+    )
 
     def data(self, run: Run) -> Dataset:
         """The run's data set on the device, its hash checked against the run's.
@@ -226,7 +231,8 @@ class Workshop:
             case ToStep(step=step):
                 source = self.lab.weights(origin_address).snapshots.get(step)
             case Fresh() as fresh:
-                source = self.initial(run, fresh)
+                is_smaller = run.start.prune.is_structured  # it is then drawn at its own size
+                source = initial if is_smaller else self.initial(run, fresh)
             case _:
                 source = parent
         if source is None:
@@ -248,12 +254,22 @@ class Workshop:
         make = None
         if isinstance(fresh, Fresh):
             make = lambda made_smaller: self.initial(run, fresh, made_smaller)  # noqa: E731
+        network = self.network(run)
         return tickets.Surroundings(
-            self.network(run),
-            data.input_shape,
+            network,
+            self._groups_of(run, start, network),
             lambda num: data.prepare(data.train.inputs[:num].cpu(), dtype),
             make,
         )
+
+    def _groups_of(self, run: Run, start: Pruned, network: nn.Module) -> tuple[Group, ...]:
+        """A network's groups, found once: to follow a deep one takes a second."""
+        removed, shape = start.prune.structure, self.data(run).input_shape
+        assert not isinstance(removed, Weights)
+        name = digest([run.model.to_json(), tag(type(removed)), list(shape)])
+        if name not in self._groups:
+            self._groups[name] = removed.groups(network, shape)
+        return self._groups[name]
 
     def _origin(self, address: str) -> tuple[str, Run]:
         while True:
