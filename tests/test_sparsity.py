@@ -29,9 +29,9 @@ def build():
     return models.Resnet_20(width=0.125).build(SHAPE, 10)
 
 
-def graph(**recipe):
+def graph(engine="auto", **recipe):
     short = {"steps": 6, "eval_every": 3, "penalty": PENALTY} | recipe
-    return small.graph(short, model=NETWORK, num_seeds=1, levels=1, prune=SLIM)
+    return small.graph(short, model=NETWORK, num_seeds=1, levels=1, prune=SLIM, engine=engine)
 
 
 def task(penalty, steps=3):
@@ -100,6 +100,14 @@ def test_a_study_of_network_slimming_runs(tmp_path):
     lab.close()
 
 
+def test_an_engine_asked_for_trains_what_is_pruned(tmp_path):
+    of = graph("sparse")
+    lab = small.trained(of, tmp_path / "lab")
+    engines = {node.level: lab.record(node.address).engine for node in of.nodes}
+    assert engines == {0: "separate/cpu", 1: "sparse/cpu"}
+    lab.close()
+
+
 def test_without_it_addresses_are_as_before():
     assert "penalty" not in Recipe().to_json()
     assert Recipe(penalty=ScalePenalty()).address != Recipe().address
@@ -117,13 +125,12 @@ def test_other_engines_refuse_it(name, value):
     for one in (
         lambda: sparse.train(job, beginning()),
         lambda: stacked.train([job], [beginning()]),
-        lambda: rule.choose("sparse", build(), SHAPE, 0.1, "cpu", recipe),
-        lambda: rule.choose("stacked", build(), SHAPE, 0.1, "cpu", recipe),
     ):
         with pytest.raises(Unsupported, match=message):
             one()
-    choice = rule.choose("auto", build(), SHAPE, 0.1, "cpu", recipe)
-    assert choice == rule.Choice("separate", f"`recipe.{name}` is known to `separate` alone.")
+    alone = rule.Choice("separate", f"`recipe.{name}` is known to `separate` alone.")
+    for asked in ("auto", "sparse", "stacked"):
+        assert rule.choose(asked, build(), SHAPE, 0.1, "cpu", recipe) == alone
 
 
 def test_a_network_without_normalization_is_refused_before_anything_is_trained():

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from windfall.data import Dataset
-from windfall.engines.contract import Task, Unsupported, refuse_sparsity
+from windfall.engines.contract import Task, Unsupported
 from windfall.samples import Part
 from windfall.train import Recipe, State
 
@@ -58,7 +58,7 @@ def choose(
     """The engine of a run.
 
     Args:
-        asked: for an engine by name, or `auto`.
+        asked: for an engine by name, or `auto`; sparsity training is `separate`'s all the same.
         network: to be trained.
         input_shape: of one sample.
         density: fraction of the prunable weights that are trained, in (0, 1].
@@ -72,8 +72,6 @@ def choose(
     if asked == "separate":
         return Choice(asked)
     if recipe is not None and recipe.sparsity:
-        if asked != "auto":
-            refuse_sparsity(recipe, asked)
         return Choice("separate", f"`recipe.{recipe.sparsity[0]}` is known to `separate` alone.")
     if asked == "stacked":
         _examine(network, input_shape)
