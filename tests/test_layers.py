@@ -15,12 +15,13 @@ LAYERS = {
     "mathematics": "masks, initialize, models, teachers, flops, dynamics, simulation, structure, "
     "tracing, units, compact, architecture, reconstruction, evidence, filters, criteria, "
     "selection, adjust, prune",
-    "laboratory": "files, samples, batches, data, sparsity, train, runs, probes, engines, "
-    "tickets, arms",
-    "studies": "stats, study, graph, suite, settings, states, store, worker, service, schedule, "
-    "execute",
+    "laboratory": "files, samples, batches, data, sparsity, train, runs, laboratory, probes, "
+    "engines, tickets, arms",
+    "studies": "stats, study, graph, suite, luck, settings, states, store, worker, service, "
+    "schedule, execute, courses",
     "outside": "latency, prospects, workload, trials, pace, costs, words, findings, patterns, "
-    "tables, overview, drawing, plots, page, display, bench, parcels, formats, exports, verbs, cli",
+    "tables, overview, results, exhibit, drawing, plots, portraits, page, gallery, display, bench, "
+    "parcels, formats, exports, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

@@ -160,8 +160,74 @@ def budgets(document: Json) -> Table:
     return table
 
 
+def laboratory(document: Json) -> RenderableType:
+    """A study of the laboratory: the answer, its arms in every metric, its verdicts, notes."""
+    answer = [Text(line, style="" if i else "bold") for i, line in enumerate(document["answer"])]
+    rows = {(row["metric"], row["arm"]): row for row in document["arms"]}
+    names = list(dict.fromkeys(arm for _, arm in rows))
+    numbers = sorted({row["num_seeds"] for row in document["arms"]})
+    told = ", ".join(map(str, numbers))
+    table = Table(title=f"Mean and 95 % interval, n = {told}")
+    table.add_column("metric")
+    for name in names:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for metric, _ in rows):
+        cells = [rows.get((metric, name)) for name in names]
+        table.add_row(metric, *("" if row is None else _mean(row) for row in cells))
+    notes = [Text(f"Note: {note}", style="dim") for note in document["notes"]]
+    failures = [
+        Text(f"Failed: {each['arm']} seed {each['seed']}: {each['reason']}", style="red")
+        for each in document["failures"]
+    ]
+    return Group(*answer, Text(), table, contrasts(document["verdicts"]), *notes, *failures)
+
+
+def _mean(row: Json) -> str:
+    if row["mean"] is None:
+        return "-"
+    ends = row["interval"]
+    return f"{row['mean']:.4g}" + (f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else "")
+
+
+def contrasts(rows: list[Json]) -> Table:
+    """The verdicts of a study of the laboratory, Holm-adjusted."""
+    table = Table(title="Verdicts: Holm-adjusted, each interval at the level that decides")
+    for name in ("effect", "compares", "metric"):
+        table.add_column(name)
+    for name in ("difference", "interval", "n", "p adjusted", "verdict"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ends, word, p_value = row["interval"], row["verdict"], row["p_adjusted"]
+        needed = f" (~{row['seeds_needed']:,} seeds)" if row["seeds_needed"] else ""
+        table.add_row(
+            row["effect"],
+            f"{row['arm']} - {row['against']}",
+            row["metric"] + (", lower" if row["is_lower"] else ""),
+            "-" if row["difference"] is None else f"{row['difference']:+.4g}",
+            "-" if ends is None else f"[{ends[0]:+.3g}, {ends[1]:+.3g}]",
+            str(row["num_seeds"]),
+            "-" if p_value is None else f"{p_value:.2g}",
+            Text(word + needed, style=_COLOURS[word]),
+        )
+    return table
+
+
+def experiments(rows: list[Json]) -> Table:
+    """What a study of the laboratory would train."""
+    table = Table(title="Experiments")
+    for name in ("arm", "runs", "stored", "steps", "FLOPs a run"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        flops = "-" if row["flops"] is None else f"{row['flops']:.3g}"
+        numbers = (row["runs"], row["stored"], f"{row['steps']:,}", flops)
+        table.add_row(row["arm"], *map(str, numbers))
+    return table
+
+
 def result(document: Json) -> RenderableType:
     """The answer in words, the tables behind it, and the notes."""
+    if "experiment" in document["settings"]:
+        return laboratory(document)
     answer = [
         Text(sentence, style="bold" if i == 0 else "")
         for i, sentence in enumerate(document["answer"])
@@ -192,6 +258,8 @@ def _case(row: Json) -> str:
 
 def plan(document: Json) -> RenderableType:
     """What a study, or suite, needs, what is stored, and what the rest costs."""
+    if "laboratory" in document:
+        return experiments(document["laboratory"])
     runs = document["runs"]
     told = (
         f"{runs['missing']} runs to train, {document['flops']:.2e} FLOPs on surviving weights,"

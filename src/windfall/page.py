@@ -119,7 +119,7 @@ def render(document: Document) -> str:
     reasons |= {each["address"]: f"failed: {each['reason']}" for each in document["failures"]}
     margin = document["settings"].get("margin")
     landmarks = (0.0, -margin, margin) if margin else (0.0,)
-    return _template("page").render(
+    return template("page").render(
         document=document,
         notes=[*document["notes"], *_mixed_versions(records.values())],
         drawings=dict(_drawings(document)),
@@ -132,7 +132,7 @@ def render(document: Document) -> str:
         unit=next((row["unit"] for row in document["layers"] if "unit" in row), "weights"),
         records=records,
         reasons=reasons,
-        settings=list(_leaves(document["settings"])),
+        settings=list(leaves(document["settings"])),
         estimate=words.estimate(document.get("estimate")),
     )
 
@@ -148,7 +148,7 @@ def render_suite(document: Document) -> str:
     effects = dict.fromkeys((row["effect"], row["arm"], row["against"]) for row in verdicts)
     basis = _basis(verdicts).partition(";")[0]
     drawing = _drawing(plots.forest, verdicts, basis, ()) if verdicts else None
-    return _template("suite").render(
+    return template("suite").render(
         document=document,
         pages=document.get("pages", {}),
         drawing=drawing,
@@ -172,7 +172,8 @@ def _decided_arms(document: Document) -> list[Row]:
 
 
 @functools.cache
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page's template, with the filters and names that all pages share."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         autoescape=True,
@@ -304,11 +305,11 @@ def _mixed_versions(records: Iterable[Row]) -> list[str]:
     return [f"These runs were made with different versions: {'; '.join(mixed)}."] if mixed else []
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """The settings as `--set` would name them, each with its value as JSON, or plain if text."""
     if isinstance(node, Mapping) and node:
         for name, child in node.items():
-            yield from _leaves(child, f"{path}.{name}" if path else str(name))
+            yield from leaves(child, f"{path}.{name}" if path else str(name))
     elif isinstance(node, list) and all(isinstance(each, str) for each in node):
         yield path, ", ".join(node) or "none"
     else:

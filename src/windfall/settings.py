@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from windfall.luck import CHANCE, LaboratoryStudy
 from windfall.models import UserModel
 from windfall.spec import Json, SpecError, checked, digest, nearest, tag
 from windfall.study import Study
@@ -32,7 +33,7 @@ def bundled() -> list[str]:
 
 def load(
     study: str | Path, settings: Mapping[str, Any] | None = None, *, code: bool = True
-) -> Study | Suite:
+) -> Study | Suite | LaboratoryStudy:
     """The study, or suite, of a bundled name or a TOML file, with settings changed by path.
 
     Args:
@@ -47,6 +48,8 @@ def load(
         SpecError: when there is no such study or setting, or a value cannot be.
     """
     document, given = read(study), dict(settings or {})
+    if "experiment" in document:
+        return _experimental(document, given)
     axes = _axes(document.pop("axes", None), given)
     if axes is None:
         return _settled(_assigned(document, given), code=code)
@@ -62,6 +65,26 @@ def load(
     refuse_alike(cases)
     name, title, question = (str(told[each]) for each in _TOLD)
     return Suite(name, title, question, cases)
+
+
+def _experimental(document: Json, given: dict[str, Any]) -> LaboratoryStudy:
+    """A study of the laboratory; `arms` may name those of its arms that are wanted."""
+    whole, wanted = copy.deepcopy(document), given.pop("arms", None)
+    if wanted is not None:
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        for name in names:
+            if name not in whole["arms"]:
+                known = nearest(str(name), list(whole["arms"]))
+                raise SpecError(f"`arms` must be some of the study's; got {name!r}.{known}")
+        whole["arms"] = {name: whole["arms"][name] for name in names}
+        whole["contrasts"] = [
+            contrast
+            for contrast in whole.get("contrasts", [])
+            if contrast["arm"] in names and contrast["against"] in (*names, CHANCE)
+        ]
+    for path, value in given.items():
+        _assign(whole, path, value)
+    return checked(lambda: LaboratoryStudy.model_validate(whole))
 
 
 def _axes(axes: Any, given: dict[str, Any]) -> Json | None:
@@ -129,9 +152,11 @@ def _unresolved(model: Any) -> Any:
     return {"kind": tag(UserModel), "callable": name, "source": "", "parameters": {}}
 
 
-def key(study: Study) -> str:
+def key(study: Study | LaboratoryStudy) -> str:
     """What a lab knows a study by: the digest of its settings, a user's network by its name."""
     document = study.to_json()
+    if isinstance(study, LaboratoryStudy):
+        return digest(document)
     for name in ("source", "parameters"):
         document["model"].pop(name, None)
     return digest(document)

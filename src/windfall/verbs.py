@@ -5,20 +5,22 @@ result.verdicts.to_pandas()
 """
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from windfall import costs, exports, overview, patterns, tables
+from windfall import costs, courses, exhibit, exports, overview, patterns, tables
 from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.exports import Export
-from windfall.findings import Findings, Table
+from windfall.findings import Findings
 from windfall.graph import Graph, expand
+from windfall.luck import LaboratoryStudy
 from windfall.prospects import prospects
+from windfall.results import Result as Result
 from windfall.settings import bundled, key, load
 from windfall.spec import Json, SpecError, nearest
 from windfall.store import Lab, write_whole
@@ -26,70 +28,7 @@ from windfall.study import Study
 from windfall.suite import Suite, naming
 
 Settings = Mapping[str, Any]
-Which = Study | Suite | str | Path
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a study found.
-
-    Args:
-        document: everything, JSON-able; the page is made from it.
-        runs: counts: total, reused, trained, failed, diverged.
-        seconds: of this call.
-        lab: the folder of the runs.
-        report: the page's path, or None.
-    """
-
-    document: Json
-    runs: dict[str, int]
-    seconds: float
-    lab: Path
-    report: Path | None
-
-    @property
-    def arms(self) -> Table:
-        """Arms by level and metric: mean, interval, and every run's value and address."""
-        return Table(self.document["arms"])
-
-    @property
-    def verdicts(self) -> Table:
-        """One decided row per effect, at the study's level and metric."""
-        return Table(self.document["verdicts"])
-
-    @property
-    def comparisons(self) -> Table:
-        """Effects at other levels and metrics, with plain intervals."""
-        return Table(self.document["comparisons"])
-
-    @property
-    def failures(self) -> Table:
-        """Failed runs and their reasons."""
-        return Table(self.document["failures"])
-
-    @property
-    def answer(self) -> list[str]:
-        """The answer in words, the headline first."""
-        return self.document["answer"]
-
-    @property
-    def winner(self) -> str | None:
-        """Address of the best pruned run by validation accuracy."""
-        return self.document["winner"]
-
-    def to_json(self) -> Json:
-        """The document that `windfall run --json` prints."""
-        study = self.document["study"]
-        names = ("arms", "verdicts", "comparisons", "failures", "winner", "notes", "answer")
-        return {
-            "study": {"name": study["name"], "address": study["address"]},
-            "runs": self.runs,
-            **{name: self.document[name] for name in names},
-            "seconds": self.seconds,
-            "estimate": self.document["estimate"],
-            "lab": str(self.lab),
-            "report": None if self.report is None else str(self.report),
-        }
+Which = Study | Suite | LaboratoryStudy | str | Path
 
 
 def lab_folder(lab: str | Path | None) -> Path:
@@ -97,12 +36,25 @@ def lab_folder(lab: str | Path | None) -> Path:
     return Path(lab or os.environ.get("WINDFALL_LAB") or "lab")
 
 
-def _chosen(which: Which, settings: Settings | None, *, code: bool = True) -> Study | Suite:
-    if isinstance(which, Study | Suite):
+Chosen = Study | Suite | LaboratoryStudy
+
+
+def _chosen(which: Which, settings: Settings | None, *, code: bool = True) -> Chosen:
+    if isinstance(which, Study | Suite | LaboratoryStudy):
         if settings:
             raise SpecError("settings must come with a study's name or file; got a Study.")
         return which
     return load(which, settings, code=code)
+
+
+def _pruned(chosen: Chosen, verb: str) -> Study | Suite:
+    """Refuse a study of the laboratory for a verb that is about pruned networks."""
+    if isinstance(chosen, LaboratoryStudy):
+        raise SpecError(
+            f"STUDY must be one of pruned networks for `{verb}`; {chosen.name} is one of teachers"
+            " and students."
+        )
+    return chosen
 
 
 def _cases(chosen: Study | Suite) -> dict[str, Study]:
@@ -138,6 +90,8 @@ def run(
     if workers is not None and workers < 1:
         raise SpecError(f"`--workers` must be at least 1; got {workers}.")
     picked = pick_device(device)
+    if isinstance(chosen, LaboratoryStudy):
+        return _experimented(chosen, Lab(lab_folder(lab)), begun, workers or num_cores(), watch)
     graphs = {case: _expanded(case, each) for case, each in _cases(chosen).items()}
     place, plans = Lab(lab_folder(lab)), dict[str, Json]()
     for case, graph in graphs.items():
@@ -150,6 +104,45 @@ def run(
             trained[case], plans[case] = _trained(graph, plans[case], place, workers, picked, shown)
     page = place.folder / f"{chosen.name}.html"
     return _result(chosen, plans, place, begun, trained=trained, page=page)
+
+
+def _experimented(
+    study: LaboratoryStudy, lab: Lab, begun: float, workers: int, watch: Watch | None
+) -> Result:
+    """Train what a study of the laboratory lacks, on the CPU."""
+    places, experiments = study.places(), study.experiments()
+    wanted = {name: (experiments[arm], seed) for (arm, seed), name in places.items()}
+    with _watching(study.name, watch) as shown:
+        trained, failures = courses.execute(lab, wanted, workers=workers, watch=shown)
+    page = lab.folder / f"{study.name}.html"
+    return _exhibited(study, lab, begun, trained=trained, failures=failures, page=page)
+
+
+def _exhibited(
+    study: LaboratoryStudy,
+    lab: Lab,
+    begun: float,
+    *,
+    trained: int = 0,
+    failures: Mapping[str, str] | None = None,
+    page: Path | None = None,
+) -> Result:
+    places = study.places()
+    found = courses.read(lab, places.values())
+    if failures is None:
+        courses.refuse_missing(found, places.values(), study.name)
+    document = exhibit.document(study, found, failures or {}, key(study))
+    num = len(set(places.values()))
+    diverged = sum(course.diverged for course, _ in found.values())
+    reused, failed = len(found) - trained, num - len(found)
+    counts = {"total": num, "reused": reused, "trained": trained}
+    document["runs"] = counts | {"failed": failed, "diverged": diverged}
+    document["created"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    if page is not None:
+        from windfall.gallery import render as render_laboratory
+
+        _write(render_laboratory(document, study, found), page)
+    return Result(document, document["runs"], time.monotonic() - begun, lab.folder, page)
 
 
 def _expanded(case: str, study: Study) -> Graph:
@@ -243,7 +236,10 @@ def _counts(
 def _write_page(document: Json, page: Path) -> None:
     from windfall.page import render, render_suite
 
-    html = render_suite(document) if "cases" in document else render(document)
+    _write(render_suite(document) if "cases" in document else render(document), page)
+
+
+def _write(html: str, page: Path) -> None:
     try:
         write_whole(page, html.encode())
     except OSError as problem:
@@ -269,6 +265,9 @@ def plan(
     """
     chosen, folder = _chosen(study, settings), lab_folder(lab)
     known = Lab(folder, readonly=True) if folder.exists() else None
+    if isinstance(chosen, LaboratoryStudy):
+        stored = known and functools.partial(courses.is_stored, known)
+        return exhibit.planned(chosen, stored or (lambda _: False))
     plans, before = dict[str, Json](), set[str]()
     for case, each in _cases(chosen).items():
         graph = _expanded(case, each)
@@ -282,9 +281,9 @@ def plan(
 
 
 def _from_lab(
-    which: Which, settings: Settings | None, lab: str | Path | None
+    which: Which, settings: Settings | None, lab: str | Path | None, verb: str = "export"
 ) -> tuple[Study | Suite, dict[str, Json], Lab]:
-    chosen = _chosen(which, settings, code=False)
+    chosen = _pruned(_chosen(which, settings, code=False), verb)
     place, plans = Lab(lab_folder(lab), readonly=True), dict[str, Json]()
     for case, each in _cases(chosen).items():
         found = place.recall(key(each))
@@ -307,9 +306,7 @@ def show(
         settings: as in `run`.
         lab: as in `run`.
     """
-    begun = time.monotonic()
-    chosen, plans, place = _from_lab(study, settings, lab)
-    return _result(chosen, plans, place, begun)
+    return _told(study, settings, lab, None)
 
 
 def pattern(
@@ -325,7 +322,7 @@ def pattern(
     Returns:
         The study's name and what `patterns.pattern` tells; of a suite, for each of its `cases`.
     """
-    chosen, plans, place = _from_lab(study, settings, lab)
+    chosen, plans, place = _from_lab(study, settings, lab, "pattern")
     if not isinstance(chosen, Suite):
         return {"study": chosen.name, **patterns.pattern(Findings(plans[""], place))}
     found = dict[str, Json]()
@@ -352,9 +349,17 @@ def report(
         settings: as in `run`.
         lab: as in `run`.
     """
-    begun = time.monotonic()
+    return _told(study, settings, lab, Path(output))
+
+
+def _told(
+    study: Which, settings: Settings | None, lab: str | Path | None, page: Path | None
+) -> Result:
+    begun, chosen = time.monotonic(), _chosen(study, settings, code=False)
+    if isinstance(chosen, LaboratoryStudy):
+        return _exhibited(chosen, Lab(lab_folder(lab), readonly=True), begun, page=page)
     chosen, plans, place = _from_lab(study, settings, lab)
-    return _result(chosen, plans, place, begun, page=Path(output))
+    return _result(chosen, plans, place, begun, page=page)
 
 
 def export(

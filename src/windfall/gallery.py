@@ -1,0 +1,104 @@
+"""The gallery: the page of a study of the laboratory.
+
+html = render(document, study, found)
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from windfall import drawing, luck, page, portraits
+from windfall.exhibit import Found, by_place
+from windfall.laboratory import Course
+from windfall.luck import LaboratoryStudy
+from windfall.spec import Json
+
+FRAMES = 40  # of an animation: more than the eye needs
+POWER = 4  # of correlations as weights: a student at 1 sits on its teacher, not between all
+
+
+def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
+    """The page: HTML that refers to nothing outside itself; all text of the document is escaped."""
+    courses = by_place(study, found)
+    grouped: dict[str, list[Course]] = {}
+    for (arm, _), course in courses.items():
+        grouped.setdefault(arm, []).append(course)
+    widest = list(grouped)[-1] if grouped else None
+    first = courses.get((widest, 0)) if widest else None
+    figures = dict(_figures(grouped, widest, first))
+    layers = first.layers if first else []
+    return page.template("laboratory").render(
+        document=document,
+        figures=figures,
+        layers=layers,
+        names=luck.metrics(layers),
+        widest=widest,
+        table={(row["arm"], row["metric"]): row for row in document["arms"]},
+        nodes=luck.node_table(first) if first else [],
+        motion=Markup(json.dumps(_motions(courses)).replace("<", "\\u003c")),
+        arms=list(study.arms),
+        settings=page.leaves(document["settings"]),
+    )
+
+
+def _figures(
+    grouped: Mapping[str, Sequence[Course]], widest: str | None, first: Course | None
+) -> list[tuple[str, tuple[Markup, Markup]]]:
+    if not grouped or widest is None:
+        return []
+    draws: list[tuple[str, Callable[..., Figure]]] = [
+        ("alignments", functools.partial(portraits.alignments, grouped)),
+        ("outgoing", functools.partial(portraits.outgoing, grouped)),
+        ("ranks", functools.partial(portraits.rank_histograms, grouped[widest])),
+    ]
+    if first is not None:
+        draws.append(("heat", functools.partial(portraits.heat_maps, first)))
+    return [(name, _both(draw)) for name, draw in draws]
+
+
+def _both(draw: Callable[..., Figure]) -> tuple[Markup, Markup]:
+    wide, narrow = (
+        Markup(drawing.svg(figure).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
+        for figure in (draw(), draw(width_inches=drawing.NARROW))
+    )
+    return wide, narrow
+
+
+def positions(rho: torch.Tensor) -> torch.Tensor:
+    """Where students stand among their teachers, [student node, 2], from rho.
+
+    Teacher nodes sit on the unit circle; a student is at
+
+        sum_t rho_t^4 u_t / sum_t rho_t^3     (rho_t: its correlation, 0 if negative)
+
+    so that one that equals a teacher node, and is like no other, sits on it.
+    """
+    angles = torch.arange(len(rho)) * (2 * torch.pi / len(rho))
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    pulled = rho.nan_to_num().clamp_min(0).float()
+    weight = pulled.pow(POWER - 1).sum(0).clamp_min(1e-9)
+    return (pulled.pow(POWER).T @ circle) / weight[:, None]
+
+
+def _motions(courses: Mapping[tuple[str, int], Course]) -> Json:
+    """Of the first seed of every arm: where its lowest layer's students stand, frame by frame."""
+    told = Json()
+    for (arm, seed), course in courses.items():
+        if seed or len(course.frames) != len(course.steps):
+            continue
+        num = len(course.steps)
+        chosen = torch.linspace(0, num - 1, min(num, FRAMES)).round().long().unique()
+        norms = course.outgoing[course.layers[0]][chosen]
+        largest = float(norms.nan_to_num().max()) or 1.0
+        places = [positions(rho) for rho in course.frames[chosen]]
+        told[arm] = {
+            "teachers": course.frames.shape[1],
+            "steps": course.steps[chosen].tolist(),
+            "places": [[[round(x, 3), round(y, 3)] for x, y in p.tolist()] for p in places],
+            "sizes": [[round(n / largest, 3) for n in row] for row in norms.nan_to_num().tolist()],
+        }
+    return told
