@@ -199,17 +199,25 @@ class _Crew:
         for job in jobs:
             self.jobs.put(job)
         self.processes: list[subprocess.Popen[str]] = []
+        self.threads: list[threading.Thread] = []
         self.is_over = False
 
     def start(self, num: int) -> None:
-        for _ in range(num):
-            threading.Thread(target=self._drive, daemon=True).start()
+        self.threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(num)]
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
+        """End all workers; what they were at goes on from its checkpoint another time."""
         self.is_over = True
+        for thread in self.threads:
+            while thread.is_alive():  # it may be hiring a worker just now
+                for process in self.processes:
+                    process.kill()
+                thread.join(TICK_SECONDS)
         for process in self.processes:
-            process.kill()  # its experiment goes on from its checkpoint another time
-            process.wait()
+            with process:  # closes its pipes
+                process.kill()
 
     def _hired(self) -> subprocess.Popen[str]:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -232,6 +240,8 @@ class _Crew:
             except queue.Empty:
                 break
             for attempt in range(1 + RETRIES):
+                if self.is_over:
+                    return
                 process = process or self._hired()
                 if self._did(process, name, experiment, seed):
                     break
@@ -239,9 +249,6 @@ class _Crew:
                 if attempt == RETRIES and not self.is_over:
                     reason = f"its worker died twice (exit {code})"
                     self.events.put((name, {"done": True, "failed": reason}))
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
-            process.wait()
 
     def _did(self, process: "subprocess.Popen[str]", name: str, experiment: Any, seed: int) -> bool:
         job = {"lab": str(self.lab.folder.resolve()), "experiment": experiment.to_json()}
