@@ -41,7 +41,7 @@ def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
         nodes=luck.node_table(first) if first else [],
         motion=Markup(json.dumps(_motions(courses)).replace("<", "\\u003c")),
         arms=list(study.arms),
-        settings=page.leaves(document["settings"]),
+        settings=page.leaves({k: v for k, v in document["settings"].items() if k != "contrasts"}),
     )
 
 

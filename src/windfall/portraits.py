@@ -171,10 +171,10 @@ def outgoing(courses: Courses, *, width_inches: float = WIDE) -> Figure:
                     axes.plot(steps, np.mean(lines, axis=0), style, color=color(place), label=label)
         axes.set_title(_words(layer))
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
         axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
         axes.tick_params(length=0)
         axes.set_xlabel("Step")
+    panels[0].set_ylim(bottom=0)  # shared: once all lines are drawn, or their tops are cut
     drawing.legend(figure, panels, width_inches)
     return figure
 
