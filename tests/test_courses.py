@@ -121,10 +121,12 @@ def test_a_plan_tells_what_is_stored_and_what_it_costs(found, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_and_leaves_its_rows_null(tmp_path):
-    broken = study(student={"hidden": [2, 4]})
-    result = windfall.run(broken, lab=tmp_path / "lab", workers=1, watch=quiet)
+    lab = Lab(tmp_path / "lab")
+    (lab.folder / "courses").touch()  # a file, where their folder should be
+    lab.close()
+    result = windfall.run(study(), lab=tmp_path / "lab", workers=1, watch=quiet)
     assert result.runs["failed"] == 4
-    assert "`hidden` must be the teacher's" in result.failures[0]["reason"]
+    assert "FileExistsError" in result.failures[0]["reason"]
     assert all(row["mean"] is None for row in result.arms)
     assert {row["verdict"] for row in result.verdicts} == {"undecided"}
     assert result.report.exists()

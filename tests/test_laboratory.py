@@ -164,9 +164,13 @@ def test_a_course_comes_back_from_its_tensors():
 
 
 def test_layers_that_do_not_chain_are_refused():
-    settings = small(student=Student(hidden=(3, 5), multi=2))
     with pytest.raises(ValueError, match=r"`hidden` must be the teacher's, \[3, 4\]; got \[3, 5\]"):
-        settings.course(0)
+        small(student=Student(hidden=(3, 5), multi=2))
+
+
+def test_values_too_few_for_different_rows_are_refused():
+    with pytest.raises(ValueError, match="`values` must make 3 different nonzero rows of 5"):
+        small(teacher=Teacher(hidden=HIDDEN, values=(0.5,)))
 
 
 def test_the_matrix_form_gives_a_course():

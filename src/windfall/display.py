@@ -226,7 +226,7 @@ def experiments(rows: list[Json]) -> Table:
 
 def result(document: Json) -> RenderableType:
     """The answer in words, the tables behind it, and the notes."""
-    if "experiment" in document["settings"]:
+    if "experiment" in document.get("settings", {}):
         return laboratory(document)
     answer = [
         Text(sentence, style="bold" if i == 0 else "")

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from windfall import dynamics, seeds, simulation
@@ -220,6 +220,13 @@ class Laboratory(Spec):
     steps: int = Field(default=62_500, ge=1)
     measure_every: PositiveInt = 1563  # a pass over the inputs
     dtype: Literal["float32", "float64"] = "float32"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Laboratory":
+        """Refuse a teacher that cannot be, and a student of another one, before anything starts."""
+        goal = self.teacher.parameters(self.inputs.dimension, self.num_outputs)
+        self.student.parameters(goal, 0)
+        return self
 
     def course(self, seed: int, pulse: "Pulse" = lambda *_: None) -> Course:
         """Train from the start to the last step; see `Training.run`."""
