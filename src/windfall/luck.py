@@ -19,7 +19,7 @@ from torch import Tensor
 
 from windfall import dynamics, stats
 from windfall.laboratory import Course, Experiment, Laboratory
-from windfall.spec import Json, Spec, decode, digest, nearest
+from windfall.spec import Json, Spec, decode, digest, merge, nearest
 
 CHANCE = "chance"  # what an arm's ranks are compared with
 HALF = 0.5  # of the share of student nodes that were ahead: what chance gives
@@ -101,7 +101,7 @@ class LaboratoryStudy(Spec):
     def experiments(self) -> dict[str, Any]:
         """The experiment of every arm."""
         base = self.experiment.to_json(addressed=False)
-        return {arm: decode(Experiment, _changed(base, new)) for arm, new in self.arms.items()}
+        return {arm: decode(Experiment, merge(base, new)) for arm, new in self.arms.items()}
 
     def places(self) -> dict[tuple[str, int], str]:
         """The address of the run of every (arm, seed)."""
@@ -115,21 +115,6 @@ class LaboratoryStudy(Spec):
 def address(experiment: Any, seed: int) -> str:
     """The name of an experiment's training with a seed."""
     return digest({"experiment": experiment.to_json(), "seed": seed})
-
-
-def _changed(base: Json, changes: Mapping[str, Any]) -> Json:
-    merged = dict(base)
-    for name, value in changes.items():
-        old = merged.get(name)
-        merged[name] = value
-        if isinstance(old, dict) and isinstance(value, Mapping) and _is_like(old, value):
-            merged[name] = _changed(old, value)
-    return merged
-
-
-def _is_like(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a table changes fields of the old one, rather than naming another member."""
-    return new.get("kind", old.get("kind")) == old.get("kind")
 
 
 def _hidden(experiment: Any) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from windfall.luck import CHANCE, LaboratoryStudy
 from windfall.models import UserModel
-from windfall.spec import Json, SpecError, checked, digest, nearest, tag
+from windfall.spec import Json, SpecError, checked, digest, merge, nearest, tag
 from windfall.study import Study
 from windfall.suite import Suite, naming, narrowed, product, refuse_alike
 
@@ -58,10 +58,10 @@ def load(
     for case, changes in product(axes):
         with naming(case):
             _refuse_overruled(given, changes)
-            merged = functools.reduce(_merged, changes, _assigned(document, given))
-            merged |= {"name": f"{told['name']}-{case}"}
-            merged |= {"title": f"{told['title'] or told['name']}: {case}"}
-            cases[case] = _settled(merged, code=code)
+            whole = functools.reduce(merge, changes, _assigned(document, given))
+            whole |= {"name": f"{told['name']}-{case}"}
+            whole |= {"title": f"{told['title'] or told['name']}: {case}"}
+            cases[case] = _settled(whole, code=code)
     refuse_alike(cases)
     name, title, question = (str(told[each]) for each in _TOLD)
     return Suite(name, title, question, cases)
@@ -190,7 +190,7 @@ def read(study: str | Path, seen: tuple[str, ...] = ()) -> Json:
     wanted = {a: axes.pop(a) for a in list(axes) if isinstance(axes[a], str | list)}
     if wanted:
         extended["axes"] = narrowed(extended.get("axes", {}), wanted)
-    return _merged(extended, document)
+    return merge(extended, document)
 
 
 def _source(study: str | Path) -> tuple[str, str]:
@@ -207,23 +207,6 @@ def _source(study: str | Path) -> tuple[str, str]:
         f"STUDY must be a bundled study or the path of a .toml file; got {str(study)!r}."
         f"{nearest(str(study), bundled())}"
     )
-
-
-def _merged(base: Json, changes: Json) -> Json:
-    merged = dict(base)
-    for name, value in changes.items():
-        old = merged.get(name)
-        old = {"kind": old} if isinstance(old, str) else old
-        if isinstance(old, dict) and isinstance(value, dict) and _is_like(old, value):
-            merged[name] = _merged(old, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _is_like(old: Json, new: Json) -> bool:
-    """Whether a table changes fields of the old one, rather than naming another member."""
-    return new.get("kind", old.get("kind")) == old.get("kind")
 
 
 def _assign(document: Json, path: str, value: Any) -> None:

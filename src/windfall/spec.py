@@ -60,6 +60,27 @@ def later(default: Any, *, absent: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"absent": absent}, **constraints)
 
 
+def merge(base: Json, changes: Mapping[str, Any]) -> Json:
+    """A document with some of its fields changed, tables field by field.
+
+    A table that names another `kind` replaces the old one; a bare name is a table of that kind.
+    """
+    whole = dict(base)
+    for name, value in changes.items():
+        old = whole.get(name)
+        old = {"kind": old} if isinstance(old, str) else old
+        if isinstance(old, dict) and isinstance(value, Mapping) and _is_like(old, value):
+            whole[name] = merge(old, value)
+        else:
+            whole[name] = value
+    return whole
+
+
+def _is_like(old: Json, new: Mapping[str, Any]) -> bool:
+    """Whether a table changes fields of the old one, rather than naming another member."""
+    return new.get("kind", old.get("kind")) == old.get("kind")
+
+
 def _marks(model: type[BaseModel], name: str) -> Json:
     extra = model.model_fields[name].json_schema_extra
     return dict(extra) if isinstance(extra, Mapping) else {}
