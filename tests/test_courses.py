@@ -18,7 +18,7 @@ from windfall.store import Lab
 
 EXPERIMENT = {
     "teacher": {"hidden": [2, 3]},
-    "student": {"hidden": [2, 3], "multi": 2},
+    "student": {"multi": 2},
     "inputs": {"dimension": 4, "num_train": 64, "num_evaluation": 60},
     "num_outputs": 3, "batch_size": 8, "steps": 24, "measure_every": 6,
 }  # fmt: skip
@@ -109,7 +109,10 @@ def test_verbs_about_pruned_networks_refuse_it(found, tmp_path):
 @pytest.mark.slow
 def test_a_plan_tells_what_is_stored_and_what_it_costs(found, tmp_path):
     folder, _ = found
-    rows = verbs.plan(study(num_seeds=3), lab=folder)["laboratory"]
+    plan = verbs.plan(study(num_seeds=3), lab=folder, workers=2)
+    rows = plan["laboratory"]
+    missing = [(row["runs"] - row["stored"]) * row["seconds"] for row in rows]
+    assert plan["seconds"] == pytest.approx(sum(missing) / 2)
     assert [(row["arm"], row["runs"], row["steps"]) for row in rows] == [
         ("narrow", 3, 24), ("wide", 3, 24),
     ]  # fmt: skip
@@ -144,6 +147,7 @@ def test_what_diverges_is_a_result(tmp_path):
 
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(courses, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(courses, "TELL_SECONDS", 0)
     lab, experiment = Lab(tmp_path / "lab"), Laboratory(**EXPERIMENT)
 
     def stop(step):
@@ -157,9 +161,9 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, monkeypatch):
     begun = []
     init = Training.__init__
 
-    def watched(self, settings, seed, state=None):
+    def watched(self, settings, seed, state=None, parent=None):
         begun.append(state.looks[-1].step if state else 0)
-        init(self, settings, seed, state)
+        init(self, settings, seed, state, parent)
 
     monkeypatch.setattr(Training, "__init__", watched)
     assert courses.train(lab, experiment, 0)

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 from torch.testing import assert_close
 
-from windfall import dynamics, models, seeds
-from windfall.teachers import Perturbed, Student, Teacher, TorchUniform
+from windfall import chains, dynamics, models, seeds
+from windfall.students import Perturbed, Student, TorchUniform
+from windfall.teachers import Teacher
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 # Hidden layers of the teacher and of the student: two, three and four layers.
@@ -237,8 +238,8 @@ def test_permuting_student_nodes_permutes_everything():
     assert_close(rho, own[:, order], **CLOSE)
     assert torch.equal(order[dynamics.winners(rho)], dynamics.winners(own))
     assert_close(
-        dynamics.outgoing_norms(other)["hidden1"],
-        dynamics.outgoing_norms(student)["hidden1"][order],
+        chains.outgoing_norms(other)["hidden1"],
+        chains.outgoing_norms(student)["hidden1"][order],
     )
 
 
@@ -306,8 +307,8 @@ def test_products_of_means_are_exact_where_no_gate_changes():
 def test_products_of_means_miss_half_or_all_of_a_hidden_layers_update(
     hidden, num_outputs, start, std, low, high
 ):
-    goal = Teacher(hidden=hidden, seed=1).parameters(20, num_outputs)
-    student = Student(hidden=hidden, multi=2, start=start).parameters(goal, 0)
+    goal = Teacher(hidden=hidden, seed=1).parameters((20,), num_outputs)
+    student = Student(multi=2, start=start).parameters(goal, 0)
     apart = missed(student, goal, gaussian(400, 20, std=std))
     assert low < apart["hidden1"] < high
     assert apart["output"] < 1e-10
@@ -459,7 +460,7 @@ def test_the_chance_of_ranks_is_counted(found, num_nodes, expected):
 def test_outgoing_norms_are_of_the_weights_that_read_a_node():
     params = network((2, 2), 0)
     params["hidden2.weight"] = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).double()
-    assert dynamics.outgoing_norms(params)["hidden1"].tolist() == [5.0, 1.0]
-    assert list(dynamics.outgoing_norms(params)) == ["hidden1", "hidden2"]
+    assert chains.outgoing_norms(params)["hidden1"].tolist() == [5.0, 1.0]
+    assert list(chains.outgoing_norms(params)) == ["hidden1", "hidden2"]
     split = dynamics.outgoing_split(params, {"hidden1": torch.tensor([False, True])})
     assert [part.tolist() for part in split["hidden1"]] == [[1.0], [5.0]]

@@ -12,16 +12,16 @@ import windfall
 # A module imports only from those before it; the list is the order of reading.
 LAYERS = {
     "ground": "spec, seeds, limits",
-    "mathematics": "masks, initialize, models, teachers, flops, dynamics, simulation, structure, "
-    "tracing, units, compact, architecture, reconstruction, evidence, filters, criteria, "
-    "selection, adjust, prune",
-    "laboratory": "files, samples, batches, data, sparsity, train, runs, laboratory, probes, "
-    "engines, tickets, arms",
+    "mathematics": "masks, initialize, models, chains, teachers, students, flops, dynamics, "
+    "simulation, curvature, flatness, biases, structure, tracing, units, compact, architecture, "
+    "reconstruction, evidence, filters, criteria, selection, adjust, prune",
+    "laboratory": "files, samples, batches, data, inputs, sparsity, train, runs, pretrained, "
+    "course, measures, products, laboratory, engines, probes, experiments, tickets, arms",
     "studies": "stats, study, graph, suite, luck, settings, states, store, worker, service, "
     "schedule, execute, courses",
     "outside": "latency, prospects, workload, trials, pace, costs, words, findings, patterns, "
     "tables, overview, results, exhibit, drawing, plots, portraits, page, gallery, display, bench, "
-    "parcels, formats, exports, verbs, cli",
+    "parcels, formats, exports, weights, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])
@@ -30,7 +30,17 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "__init__.py"
 }
-FOREIGN = ("matplotlib", "numba", "ray", "onnx", "onnxscript", "onnxruntime", "pandas")
+FOREIGN = (
+    "matplotlib",
+    "numba",
+    "ray",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "pandas",
+    "curvlinops",
+    "torchvision",
+)
 
 
 def layer(module):

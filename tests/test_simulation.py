@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from windfall import dynamics, seeds, simulation, spec, teachers
+from windfall import dynamics, seeds, simulation, spec, students
 from windfall.simulation import Batch, Expectation, Factored, Matrices, Network
 from windfall.spec import SpecError
 
@@ -366,7 +366,7 @@ def test_the_papers_simulation_ends_as_it_was_measured(seed):
 @pytest.mark.slow
 def test_far_from_the_teacher_student_nodes_share_teacher_nodes():
     settings = Matrices(
-        multi=5, start=teachers.TorchUniform(), num_steps=5_000, measure_every=1_000
+        multi=5, start=students.TorchUniform(), num_steps=5_000, measure_every=1_000
     )
     series = simulation.simulate(settings, 0)
     means = series.best.mean(1)

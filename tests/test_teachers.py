@@ -8,24 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from windfall import models, seeds, spec, teachers
+from windfall import chains, models, seeds, spec, teachers
 from windfall.spec import SpecError
-from windfall.teachers import (
-    ConstantBias,
+from windfall.students import (
     Gaussian,
     Perturbed,
     SameDirection,
     SameSign,
     Start,
     Student,
-    Teacher,
     TorchUniform,
-    UniformBias,
 )
+from windfall.teachers import ConstantBias, Teacher, UniformBias
 
 STARTS = [member() for member in spec.members(Start).values()]
 TEACHER = Teacher(hidden=(4, 6), seed=3)
-GOAL = TEACHER.parameters(5, 3)
+GOAL = TEACHER.parameters((5,), 3)
 
 
 def name_of(member):
@@ -33,7 +31,7 @@ def name_of(member):
 
 
 def begun(start, multi=2, seed=0, norm="none"):
-    student = Student(hidden=(4, 6), multi=multi, start=start, norm=norm)
+    student = Student(multi=multi, start=start, norm=norm)
     return student.parameters(GOAL, seed)
 
 
@@ -82,12 +80,12 @@ def test_a_teachers_names_and_shapes_are_those_of_the_zoos_mlp():
     expected = models.Mlp(hidden=(4, 6)).build((5,), 3).state_dict()
     assert {n: v.shape for n, v in GOAL.items()} == {n: v.shape for n, v in expected.items()}
     assert all(value.dtype == torch.float64 for value in GOAL.values())
-    assert teachers.layer_names(GOAL) == ["hidden1", "hidden2", "output"]
-    assert teachers.layer_sizes(GOAL) == (5, 4, 6, 3)
+    assert chains.layer_names(GOAL) == ["hidden1", "hidden2", "output"]
+    assert chains.layer_sizes(GOAL) == (5, 4, 6, 3)
 
 
 def test_rows_have_norm_1_and_stand_as_the_values_do_to_each_other():
-    for name in teachers.layer_names(GOAL):
+    for name in chains.layer_names(GOAL):
         weight = GOAL[f"{name}.weight"]
         torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)).double())
         for row in weight:  # every entry is a value over the row's norm: a multiple of 1/4 over it
@@ -98,19 +96,19 @@ def test_rows_have_norm_1_and_stand_as_the_values_do_to_each_other():
 
 
 def test_a_bias_is_divided_by_its_rows_norm_unless_it_is_constant():
-    goal = Teacher(hidden=(4,), seed=3).parameters(5, 3)
+    goal = Teacher(hidden=(4,), seed=3).parameters((5,), 3)
     rows = teachers.distinct_rows(4, 5, teachers.VALUES, seeds.stream(3, "teacher", 0))
     drawn = seeds.stream(3, "teacher", 1).uniform(-0.5, 0.5, 4)
     expected = torch.from_numpy(drawn / np.linalg.norm(rows, axis=1))
     torch.testing.assert_close(goal["hidden1.bias"], expected)
-    constant = Teacher(hidden=(4,), bias=ConstantBias(value=-0.1), seed=3).parameters(5, 3)
+    constant = Teacher(hidden=(4,), bias=ConstantBias(value=-0.1), seed=3).parameters((5,), 3)
     assert constant["hidden1.bias"].tolist() == [-0.1] * 4
     assert constant["output.bias"].tolist() == [-0.1] * 3
     assert torch.equal(constant["hidden1.weight"], goal["hidden1.weight"])
 
 
 def test_strength_decays_out_of_later_nodes_of_every_hidden_layer():
-    weak = Teacher(hidden=(4, 6), seed=3, decay=1.5).parameters(5, 3)
+    weak = Teacher(hidden=(4, 6), seed=3, decay=1.5).parameters((5,), 3)
     assert torch.equal(weak["hidden1.weight"], GOAL["hidden1.weight"])
     for name, size in (("hidden2", 4), ("output", 6)):
         factors = torch.tensor([(i + 1) ** 1.5 for i in range(size)]).double()
@@ -119,13 +117,13 @@ def test_strength_decays_out_of_later_nodes_of_every_hidden_layer():
 
 
 def test_the_outputs_rows_may_stay_as_drawn():
-    goal = Teacher(hidden=(4,), is_output_unit=False).parameters(5, 3)
+    goal = Teacher(hidden=(4,), is_output_unit=False).parameters((5,), 3)
     assert set(goal["output.weight"].flatten().tolist()) <= set(teachers.VALUES)
     assert (goal["output.bias"].abs() <= 0.5).all()
 
 
 def test_another_seed_is_another_teacher_and_the_same_seed_the_same():
-    again, other = TEACHER.parameters(5, 3), Teacher(hidden=(4, 6), seed=4).parameters(5, 3)
+    again, other = TEACHER.parameters((5,), 3), Teacher(hidden=(4, 6), seed=4).parameters((5,), 3)
     assert all(torch.equal(again[name], GOAL[name]) for name in GOAL)
     assert not any(torch.equal(other[name], GOAL[name]) for name in GOAL)
 
@@ -156,8 +154,12 @@ def test_the_teachers_own_spec_survives_json():
         (lambda: Student(multi=0), "`multi` must"),
         (lambda: Student(norm="beside"), "`norm` must"),
         (lambda: Perturbed(std=-1), "`std` must"),
-        (lambda: Teacher(hidden=(9,)).parameters(1, 3), r"make 4. .* \(layer `hidden1`\)"),
-        (lambda: Student(hidden=(4, 5)).parameters(GOAL, 0), r"teacher's, \[4, 6\]; got \[4, 5\]"),
+        (lambda: Teacher(hidden=(9,)).parameters((1,), 3), r"make 4. .* \(layer `hidden1`\)"),
+        (lambda: Student(hidden=(4,)).parameters(GOAL, 0), r"teacher's \[4, 6\]; got \[4\]"),
+        (
+            lambda: Student(hidden=(4, 5), start=Perturbed()).parameters(GOAL, 0),
+            r"at least the teacher's, \[4, 6\], for a start of its nodes; got \[4, 5\]",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -168,7 +170,7 @@ def test_what_cannot_be_is_refused(make, message):
 def test_layers_that_do_not_chain_are_refused():
     broken = GOAL | {"hidden2.weight": torch.zeros(6, 9)}
     with pytest.raises(ValueError, match="`hidden2` must read the 4 nodes below it"):
-        teachers.layer_sizes(broken)
+        chains.layer_sizes(broken)
 
 
 # -- students ---------------------------------------------------------------------------------
@@ -178,11 +180,11 @@ def test_layers_that_do_not_chain_are_refused():
 class TestEveryStart:
     @pytest.mark.parametrize("norm", ["none", "before", "after"])
     def test_parameters_are_those_of_the_built_network(self, start, norm):
-        student = Student(hidden=(4, 6), multi=3, start=start, norm=norm)
-        expected = dict(student.build((5,), 3).named_parameters())
+        student = Student(multi=3, start=start, norm=norm)
         params = student.parameters(GOAL, 0)
+        expected = dict(chains.build(params, norm).named_parameters())
         assert {n: v.shape for n, v in params.items()} == {n: v.shape for n, v in expected.items()}
-        assert teachers.layer_sizes(params) == (5, 12, 18, 3)
+        assert chains.layer_sizes(params) == (5, 12, 18, 3)
         assert all(value.dtype == torch.float64 for value in params.values())
 
     def test_the_same_seed_gives_the_same_start_and_another_another(self, start):
@@ -202,8 +204,8 @@ class TestEveryStart:
 
 
 def test_torch_uniform_is_nn_linears_distribution():
-    goal = Teacher(hidden=(40,)).parameters(25, 30)
-    student = Student(hidden=(40,), multi=10, start=TorchUniform()).parameters(goal, 0)
+    goal = Teacher(hidden=(40,)).parameters((25,), 30)
+    student = Student(multi=10, start=TorchUniform()).parameters(goal, 0)
     with seeds.isolated(0, "test"):
         layer = nn.Linear(25, 400)
     for kind in ("weight", "bias"):
@@ -215,8 +217,8 @@ def test_torch_uniform_is_nn_linears_distribution():
 
 
 def test_gaussian_weights_have_their_deviation_and_no_biases():
-    student = Student(hidden=(40,), multi=10, start=Gaussian(std=0.005))
-    params = student.parameters(Teacher(hidden=(40,)).parameters(25, 30), 0)
+    student = Student(multi=10, start=Gaussian(std=0.005))
+    params = student.parameters(Teacher(hidden=(40,)).parameters((25,), 30), 0)
     assert float(params["hidden1.weight"].std()) == pytest.approx(0.005, rel=0.03)
     assert (params["hidden1.bias"] == 0).all()
     assert (params["output.bias"] == 0).all()
@@ -252,7 +254,7 @@ def test_other_nodes_are_as_torch_begins(start):
 
 def test_the_same_direction_keeps_the_norm_that_was_drawn():
     params, plain = begun(SameDirection(), multi=1), begun(TorchUniform(), multi=1)
-    for name in teachers.layer_names(GOAL):
+    for name in chains.layer_names(GOAL):
         own, goal = params[f"{name}.weight"], GOAL[f"{name}.weight"]
         torch.testing.assert_close(own.norm(), plain[f"{name}.weight"].norm())
         factor = own.norm() / goal.norm()
@@ -279,10 +281,12 @@ def test_the_same_sign_keeps_sizes_and_never_disagrees():
     ],
 )
 def test_normalization_stands_where_it_is_said(norm, order):
-    network = Student(hidden=(4,), multi=2, norm=norm).build((5,), 3)
+    goal = Teacher(hidden=(4,)).parameters((5,), 3)
+    begun = Student(multi=2, norm=norm).parameters(goal, 0)
+    network = chains.build({name: value.float() for name, value in begun.items()}, norm)
     assert [name for name, _ in network.named_children()] == ["flatten", *order, "output"]
     inputs = torch.from_numpy(seeds.stream(0, "inputs").standard_normal((64, 5))).float()
-    found = teachers.nodes(network, inputs)["hidden1"]
+    found = chains.nodes(network, inputs)["hidden1"]
     assert found.shape == (64, 8)
     assert bool((found < 0).any()) == (norm == "after")
     values = inputs
@@ -294,7 +298,7 @@ def test_normalization_stands_where_it_is_said(norm, order):
 def test_nodes_are_found_for_every_hidden_layer():
     network = TEACHER.build((5,), 3).double()
     inputs = torch.from_numpy(seeds.stream(0, "inputs").standard_normal((7, 5)))
-    found = teachers.nodes(network, inputs)
+    found = chains.nodes(network, inputs)
     assert {name: tuple(v.shape) for name, v in found.items()} == {
         "hidden1": (7, 4),
         "hidden2": (7, 6),

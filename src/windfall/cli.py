@@ -195,6 +195,29 @@ def export(
         display.show(display.export(found.document))
 
 
+@app.command()
+def biases(
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|NAME|RUN",
+            help="Tensors (.safetensors, .pt), torchvision's vgg11_bn ..., or a run's address.",
+        ),
+    ],
+    lab: LabFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print how many BatchNorm biases of a network are negative, and what its ReLUs pass."""
+    with _told():
+        document = verbs.biases(which, lab=lab)
+        if as_json:
+            _print_json(document)
+            return
+        from windfall import display
+
+        display.show(display.biases(document))
+
+
 @data_app.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="mnist, fashion-mnist, cifar10, ...")],

@@ -22,27 +22,19 @@ from typing import Any
 
 import torch
 
-from windfall import states
+from windfall import experiments, measures, states
 from windfall.execute import Interrupted
-from windfall.laboratory import (
-    Course,
-    Experiment,
-    Laboratory,
-    Look,
-    State,
-    Training,
-    matrix_course,
-    num_steps,
-    num_weights,
-)
+from windfall.experiments import AnyState, Experiment, Pulse, num_macs, num_steps
 from windfall.luck import address
-from windfall.masks import Params
+from windfall.measures import Outcome
 from windfall.schedule import Progress
 from windfall.spec import Json, SpecError, canonical, decode
 from windfall.store import Lab, now
 from windfall.worker import CHECKPOINT_SECONDS, versions
 
 RETRIES = 1  # of an experiment whose worker died
+TRIAL_SECONDS = 1.0
+TELL_SECONDS = 0.1  # between two words of how far a training is
 TICK_SECONDS = 0.3  # between two looks at what workers say
 _SERVE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1));"
@@ -61,44 +53,18 @@ def is_stored(lab: Lab, name: str) -> bool:
     return _path(lab, name).exists()
 
 
-def stored(lab: Lab, name: str) -> tuple[Course, Json]:
-    """A finished experiment's course, and its facts: `experiment`, `seed`, `seconds`, ...
+def stored(lab: Lab, name: str) -> tuple[Outcome, Json]:
+    """A finished experiment's outcome, and its facts: `experiment`, `seed`, `seconds`, ...
 
     Raises:
         SpecError: when its file is not whole.
     """
     tensors, facts = states.read_tensors(_path(lab, name))
-    return Course.restored(tensors, diverged=facts["status"] == "diverged"), facts
+    return measures.outcome(tensors, diverged=facts["status"] == "diverged"), facts
 
 
 def _checkpoint(lab: Lab, name: str) -> Path:
     return lab.folder / "checkpoints" / f"{name}.safetensors"
-
-
-def _flat(state: State) -> Params:
-    tensors: Params = {f"params/{name}": value for name, value in state.params.items()}
-    for place, look in enumerate(state.looks):
-        tensors[f"looks/{place}/loss"] = look.loss
-        for kind in ("rho", "outgoing", "gradient"):
-            found: Params = getattr(look, kind)
-            tensors |= {f"looks/{place}/{kind}/{name}": value for name, value in found.items()}
-    return tensors
-
-
-def _restored(tensors: Params, facts: Json) -> State:
-    def under(prefix: str) -> Params:
-        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        return dict(sorted(found.items()))
-
-    looks = [
-        Look(
-            step,
-            tensors[f"looks/{place}/loss"],
-            *(under(f"looks/{place}/{kind}/") for kind in ("rho", "outgoing", "gradient")),
-        )
-        for place, step in enumerate(facts["steps"])
-    ]
-    return State(under("params/"), looks)
 
 
 # -- one experiment --------------------------------------------------------------------------------
@@ -111,7 +77,7 @@ def train(
 
     Args:
         lab: where it is kept.
-        experiment: a `Laboratory` or `Matrices`.
+        experiment: of the family `Experiment`.
         seed: of it.
         tell: called with the step, now and then; it may raise to stop.
     """
@@ -127,42 +93,44 @@ def train(
 
 
 def _trained(lab: Lab, experiment: Any, seed: int, tell: Callable[[int], None]) -> None:
-    name, begun, before = address(experiment, seed), time.monotonic(), 0.0
-    if isinstance(experiment, Laboratory):
-        state, path = None, _checkpoint(lab, name)
-        if path.exists():
-            tensors, facts = states.read_tensors(path)
-            state, before = _restored(tensors, facts), facts["seconds"]
-        course = Training(experiment, seed, state).run(_pulse(path, begun, before, tell))
-    else:
-        course = matrix_course(experiment, seed)
+    name, parent, grown = address(experiment, seed), experiments.parent(experiment), None
+    if parent is not None:
+        train(lab, parent, seed, tell)
+        grown, _ = stored(lab, address(parent, seed))
+    begun, before, state, path = time.monotonic(), 0.0, None, _checkpoint(lab, name)
+    if path.exists():
+        tensors, facts = states.read_tensors(path)
+        state, before = experiments.restored(experiment, tensors, facts), facts["seconds"]
+    pulse = _pulse(path, begun, before, tell)
+    outcome = experiments.run(experiment, seed, grown=grown, state=state, pulse=pulse)
     facts = {
         "experiment": experiment.to_json(),
         "seed": seed,
-        "status": "diverged" if course.diverged else "done",
+        "status": "diverged" if outcome.diverged else "done",
         "seconds": before + time.monotonic() - begun,
         "versions": versions(),
         "created": now(),
     }
     _path(lab, name).parent.mkdir(exist_ok=True)
-    states.write_tensors(_path(lab, name), course.tensors(), facts)
+    states.write_tensors(_path(lab, name), outcome.tensors(), facts)
     _checkpoint(lab, name).unlink(missing_ok=True)
 
 
-def _pulse(
-    path: Path, begun: float, before: float, tell: Callable[[int], None]
-) -> Callable[[int, Callable[[], State]], None]:
-    saved = time.monotonic()
+def _pulse(path: Path, begun: float, before: float, tell: Callable[[int], None]) -> Pulse:
+    """A pulse that saves a checkpoint and tells the step, each when it is time."""
+    saved = told = time.monotonic()
 
-    def pulse(step: int, state: Callable[[], State]) -> None:
-        nonlocal saved
-        if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+    def pulse(step: int, state: Callable[[], AnyState]) -> None:
+        nonlocal saved, told
+        now = time.monotonic()
+        if now - saved >= CHECKPOINT_SECONDS:
             held = state()
-            took = before + time.monotonic() - begun
-            facts = {"steps": [look.step for look in held.looks], "seconds": took}
-            states.write_tensors(path, _flat(held), facts)
-            saved = time.monotonic()
-        tell(step)
+            facts = held.facts() | {"seconds": before + now - begun}
+            states.write_tensors(path, held.tensors(), facts)
+            saved = now
+        if now - told >= TELL_SECONDS:
+            tell(step)
+            told = now
 
     return pulse
 
@@ -316,11 +284,42 @@ def execute(
 
 
 def _work(experiment: Any) -> int:
-    """What a training costs beside others: its weights, and what any step costs at least."""
-    return num_steps(experiment) * (30_000 + num_weights(experiment))
+    """What a training costs beside others: its products, and what any step costs at least."""
+    return num_steps(experiment) * (30_000 + num_macs(experiment))
 
 
-def read(lab: Lab, wanted: Iterable[str]) -> dict[str, tuple[Course, Json]]:
+class _EnoughError(Exception):
+    """A trial has run long enough."""
+
+
+def seconds(experiment: Any) -> float | None:
+    """What one training would take on one core: a trial of about a second, scaled.
+
+    None where a training cannot be stopped on the way. What is read off the trained network is not
+    in it.
+    """
+    tried, marks = experiments.trial(experiment), list[tuple[int, float]]()
+
+    def pulse(step: int, state: Any) -> None:  # noqa: ARG001  the family's signature
+        marks.append((step, time.monotonic()))
+        if marks[-1][1] - marks[0][1] >= TRIAL_SECONDS:
+            raise _EnoughError
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        experiments.run(tried, 0, pulse=pulse)
+    except _EnoughError:
+        pass
+    finally:
+        torch.set_num_threads(threads)
+    if len(marks) < 2:
+        return None
+    (first, begun), (last, ended) = marks[0], marks[-1]
+    return (ended - begun) / (last - first) * num_steps(experiment)
+
+
+def read(lab: Lab, wanted: Iterable[str]) -> dict[str, tuple[Outcome, Json]]:
     """The finished ones among these addresses."""
     return {name: stored(lab, name) for name in wanted if is_stored(lab, name)}
 

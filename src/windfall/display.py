@@ -171,7 +171,12 @@ def laboratory(document: Json) -> RenderableType:
     table.add_column("metric")
     for name in names:
         table.add_column(name, justify="right")
-    for metric in dict.fromkeys(metric for metric, _ in rows):
+    decided = {row["metric"] for row in document["verdicts"]}
+    metrics = list(dict.fromkeys(metric for metric, _ in rows))
+    chosen = [metric for metric in metrics if "/" not in metric or metric in decided]
+    if len(chosen) < len(metrics):
+        table.caption = f"{len(metrics) - len(chosen)} more, layer by layer: the page, or --json"
+    for metric in chosen:
         cells = [rows.get((metric, name)) for name in names]
         table.add_row(metric, *("" if row is None else _mean(row) for row in cells))
     notes = [Text(f"Note: {note}", style="dim") for note in document["notes"]]
@@ -212,14 +217,17 @@ def contrasts(rows: list[Json]) -> Table:
     return table
 
 
-def experiments(rows: list[Json]) -> Table:
+def experiments(document: Json) -> Table:
     """What a study of the laboratory would train."""
-    table = Table(title="Experiments")
-    for name in ("arm", "runs", "stored", "steps", "FLOPs a run"):
+    whole, workers = document["seconds"], document["workers"]
+    left = "not known" if whole is None else words.duration(whole)
+    table = Table(title="Experiments", caption=f"The rest with {workers} processes: {left}")
+    for name in ("arm", "runs", "stored", "steps", "FLOPs a run", "a run on one core"):
         table.add_column(name, justify="left" if name == "arm" else "right")
-    for row in rows:
-        flops = "-" if row["flops"] is None else f"{row['flops']:.3g}"
-        numbers = (row["runs"], row["stored"], f"{row['steps']:,}", flops)
+    for row in document["laboratory"]:
+        flops, seconds = f"{row['flops']:.3g}", row["seconds"]
+        took = "-" if seconds is None else words.duration(seconds)
+        numbers = (row["runs"], row["stored"], f"{row['steps']:,}", flops, took)
         table.add_row(row["arm"], *map(str, numbers))
     return table
 
@@ -259,7 +267,7 @@ def _case(row: Json) -> str:
 def plan(document: Json) -> RenderableType:
     """What a study, or suite, needs, what is stored, and what the rest costs."""
     if "laboratory" in document:
-        return experiments(document["laboratory"])
+        return experiments(document)
     runs = document["runs"]
     told = (
         f"{runs['missing']} runs to train, {document['flops']:.2e} FLOPs on surviving weights,"
@@ -404,6 +412,31 @@ def _lost(groups: list[Json], most: int = 4) -> str:
 
 def _dim(notes: list[str]) -> list[Text]:
     return [Text(f"Note: {note}", style="dim") for note in notes]
+
+
+def biases(document: Json) -> RenderableType:
+    """Of every BatchNorm layer the signs of its biases, and what the ReLU that reads it passes."""
+    names = ["biases", "negative", "zero", "negative, %", "read by ReLU", "which passes, %"]
+    of = document["of"]
+    title = f"BatchNorm biases of {of.get('name') or of.get('file') or of['address'][:12]}"
+    table = Table("layer", title=Text(title), caption="-: layer and ReLU without the other")
+    if not document["relus"]:
+        names, table.caption = names[:4], None
+    for name in names:
+        table.add_column(name, justify="right")
+    others = [row for row in document["relus"] if row["norm"] is None]
+    for row in [*document["layers"], *others]:
+        table.add_row(*map(escape, _signs(row)[: len(names) + 1]))
+    return Group(table, *(Text(line) for line in document["answer"]), *_dim(document["notes"]))
+
+
+def _signs(row: Json) -> list[str]:
+    counts = [
+        f"{row[name]:,}" for name in ("num_biases", "num_negative", "num_zero") if name in row
+    ]
+    share = f"{100 * row['negative']:.1f}" if "negative" in row else ""
+    relu = [row["relu"], f"{100 * row['passes']:.1f}"] if row["relu"] else ["-", "-"]
+    return [row.get("layer", "-"), *(counts or [""] * 3), share, *relu]
 
 
 def pattern(document: Json) -> RenderableType:

@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from windfall.chains import layer_names, outgoing_norms
 from windfall.masks import Params
-from windfall.teachers import layer_names
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of luckmatters' `recon_two_layer`
 CORRELATION_EPSILON = 1e-10  # of its `act2corrMat`; added to the squared norms
@@ -204,7 +204,7 @@ class Couplings:
     L_star: dict[str, Tensor]
 
 
-def _influences(params: Params, passed: Signals) -> Iterator[tuple[str, Tensor, Tensor]]:
+def influences(params: Params, passed: Signals) -> Iterator[tuple[str, Tensor, Tensor]]:
     """From the output down: a layer, V_l and V_l D_l, [sample, outputs, nodes + 1]."""
     weights, names = augmented(params), layer_names(params)
     num_outputs = len(weights[names[-1]])
@@ -261,7 +261,7 @@ def couplings(
 def _summed(student: Params, teacher: Params, inputs: Tensor) -> dict[str, dict[str, Tensor]]:
     passed, goal = signals(student, inputs), signals(teacher, inputs)
     found: dict[str, dict[str, Tensor]] = {}
-    pairs = zip(_influences(student, passed), _influences(teacher, goal), strict=True)
+    pairs = zip(influences(student, passed), influences(teacher, goal), strict=True)
     for (name, influence, gated), (_, influence_star, gated_star) in pairs:
         reads = passed.reads[name]
         found[name] = {
@@ -433,14 +433,6 @@ def is_winner(won: Tensor, num_nodes: int) -> Tensor:
 def is_matched(rho: Tensor, threshold: float = 0.9) -> Tensor:
     """Which student nodes [student node] correlate with some teacher node above the threshold."""
     return rho.max(0).values > threshold
-
-
-def outgoing_norms(params: Params) -> dict[str, Tensor]:
-    """By hidden layer, the L2 norms [node] of the weights that read each node."""
-    names = layer_names(params)
-    return {
-        name: params[f"{above}.weight"].norm(dim=0) for name, above in itertools.pairwise(names)
-    }
 
 
 def outgoing_split(params: Params, matched: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

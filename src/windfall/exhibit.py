@@ -5,16 +5,18 @@ document = document(study, found, failures={}, address=...)
 
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from windfall import luck
-from windfall.laboratory import Course, num_steps, training_flops
+from windfall.experiments import num_steps, training_flops
 from windfall.luck import LaboratoryStudy
+from windfall.measures import Outcome
 from windfall.spec import Json
 
-Found = Mapping[str, tuple[Course, Json]]
+Found = Mapping[str, tuple[Outcome, Json]]
 
 
-def by_place(study: LaboratoryStudy, found: Found) -> dict[tuple[str, int], Course]:
+def by_place(study: LaboratoryStudy, found: Found) -> dict[tuple[str, int], Outcome]:
     """The courses that there are by (arm, seed)."""
     return {place: found[name][0] for place, name in study.places().items() if name in found}
 
@@ -63,8 +65,20 @@ def document(
     }
 
 
-def planned(study: LaboratoryStudy, is_stored: Callable[[str], bool]) -> Json:
-    """What a study needs, arm by arm, and what is stored of it."""
+def planned(
+    study: LaboratoryStudy,
+    is_stored: Callable[[str], bool],
+    pace: Callable[[Any], float | None],
+    workers: int,
+) -> Json:
+    """What a study needs, arm by arm, what is stored of it, and how long the rest would take.
+
+    Args:
+        study: which.
+        is_stored: whether the run of an address is.
+        pace: seconds of one run on one core, or None where it cannot be told.
+        workers: processes that train at once.
+    """
     rows: list[Json] = []
     for arm, experiment in study.experiments().items():
         names = [luck.address(experiment, seed) for seed in range(study.num_seeds)]
@@ -75,6 +89,15 @@ def planned(study: LaboratoryStudy, is_stored: Callable[[str], bool]) -> Json:
                 "stored": sum(map(is_stored, names)),
                 "steps": num_steps(experiment),
                 "flops": training_flops(experiment),
+                "seconds": pace(experiment),
             }
         )
-    return {"study": {"name": study.name}, "laboratory": rows}
+    costs = [(row["runs"] - row["stored"], row["seconds"]) for row in rows]
+    known = all(seconds is not None for missing, seconds in costs if missing)
+    whole = sum(missing * seconds for missing, seconds in costs if missing) if known else None
+    return {
+        "study": {"name": study.name},
+        "laboratory": rows,
+        "workers": workers,
+        "seconds": None if whole is None else whole / workers,
+    }

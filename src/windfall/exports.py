@@ -83,6 +83,10 @@ class _Subject:
         """The parameters, masked, and the buffers."""
         return masking.apply(self.state.masks, self.state.params) | self.state.buffers
 
+    def network(self) -> nn.Module:
+        """The network as it was trained, masked, in evaluation mode."""
+        return structure.given(self.build(), self.tensors)
+
     def inputs(self) -> Tensor:
         """Inputs of the test part as the network is given them; random where there is no data."""
         dtype = self.run.recipe.torch_dtype
@@ -124,6 +128,37 @@ def export(lab: Lab, address: str, output: str | Path) -> Export:
     }
     told["notes"] = _notes(told, found)
     return Export(told, tuple(written.files))
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A finished run's network, as it was trained.
+
+    Args:
+        network: masked, in evaluation mode.
+        inputs: of the validation part, as the network is given them; None where it cannot be read.
+        reason: why it cannot.
+    """
+
+    network: nn.Module
+    inputs: Tensor | None
+    reason: str | None
+
+
+def rebuilt(lab: Lab, address: str) -> Rebuilt:
+    """Build the network of a finished run again; a user's own by the function that the run names.
+
+    Args:
+        lab: where the run is; only read.
+        address: of the run, whole.
+
+    Raises:
+        SpecError: when it cannot be.
+    """
+    subject = _subject(lab, address)
+    data, dtype = subject.data, subject.run.recipe.torch_dtype
+    inputs = None if data is None else data.prepare(data.validation.inputs, dtype)
+    return Rebuilt(subject.network(), inputs, subject.reason)
 
 
 # -- the run ---------------------------------------------------------------------------------------

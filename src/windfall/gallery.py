@@ -6,15 +6,17 @@ html = render(document, study, found)
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from windfall import drawing, luck, page, portraits
+from windfall.course import Course
 from windfall.exhibit import Found, by_place
-from windfall.laboratory import Course
 from windfall.luck import LaboratoryStudy
+from windfall.measures import Readings
 from windfall.spec import Json
 
 FRAMES = 40  # of an animation: more than the eye needs
@@ -23,19 +25,22 @@ POWER = 4  # of correlations as weights: a student at 1 sits on its teacher, not
 
 def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
     """The page: HTML that refers to nothing outside itself; all text of the document is escaped."""
-    courses = by_place(study, found)
-    grouped: dict[str, list[Course]] = {}
-    for (arm, _), course in courses.items():
-        grouped.setdefault(arm, []).append(course)
-    widest = list(grouped)[-1] if grouped else None
+    outcomes = by_place(study, found)
+    courses = {at: each for at, each in outcomes.items() if isinstance(each, Course)}
+    readings = {at: each for at, each in outcomes.items() if isinstance(each, Readings)}
+    grouped, widest = _by_arm(courses), _widest(courses)
     first = courses.get((widest, 0)) if widest else None
     figures = dict(_figures(grouped, widest, first))
+    if readings:
+        figures["readings"] = _both(functools.partial(portraits.readings, _by_arm(readings)))
     layers = first.layers if first else []
     return page.template("laboratory").render(
         document=document,
         figures=figures,
         layers=layers,
-        names=luck.metrics(layers),
+        names=[
+            row["metric"] for row in document["arms"] if row["arm"] == document["arms"][0]["arm"]
+        ],
         widest=widest,
         table={(row["arm"], row["metric"]): row for row in document["arms"]},
         nodes=luck.node_table(first) if first else [],
@@ -45,18 +50,40 @@ def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
     )
 
 
+def _by_arm(outcomes: Mapping[tuple[str, int], Any]) -> dict[str, list[Any]]:
+    grouped: dict[str, list[Any]] = {}
+    for (arm, _), each in outcomes.items():
+        grouped.setdefault(arm, []).append(each)
+    return grouped
+
+
+def _widest(courses: Mapping[tuple[str, int], Course]) -> str | None:
+    """The arm whose first seed has most student nodes, the last among equals."""
+    sizes = {
+        arm: sum(rho.shape[1] for rho in course.last.values())
+        for (arm, seed), course in courses.items()
+        if seed == 0
+    }
+    return max(reversed(sizes), key=lambda arm: sizes[arm]) if sizes else None
+
+
 def _figures(
     grouped: Mapping[str, Sequence[Course]], widest: str | None, first: Course | None
 ) -> list[tuple[str, tuple[Markup, Markup]]]:
-    if not grouped or widest is None:
+    if not grouped or widest is None or first is None:
         return []
     draws: list[tuple[str, Callable[..., Figure]]] = [
         ("alignments", functools.partial(portraits.alignments, grouped)),
+        ("coverage", functools.partial(portraits.coverage, grouped)),
+        ("losses", functools.partial(portraits.losses, grouped)),
         ("outgoing", functools.partial(portraits.outgoing, grouped)),
         ("ranks", functools.partial(portraits.rank_histograms, grouped[widest])),
+        ("heat", functools.partial(portraits.heat_maps, first)),
     ]
-    if first is not None:
-        draws.append(("heat", functools.partial(portraits.heat_maps, first)))
+    if first.gradient:
+        draws.append(("gradients", functools.partial(portraits.gradients, grouped)))
+    if first.couplings:
+        draws.append(("couplings", functools.partial(portraits.couplings, grouped[widest])))
     return [(name, _both(draw)) for name, draw in draws]
 
 

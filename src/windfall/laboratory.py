@@ -1,4 +1,4 @@
-"""The laboratory: students that learn from teachers, and what happens to their nodes on the way.
+"""The laboratory: students that learn from teachers.
 
 An experiment is a value; with a seed it is one training, from which comes a `Course`:
 
@@ -17,176 +17,23 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from windfall import dynamics, seeds, simulation
-from windfall.batches import Order
+from windfall import chains, dynamics, teachers
+from windfall.chains import layer_names, nodes
+from windfall.course import COUPLINGS, Course, Look, gathered, ordered
+from windfall.inputs import AHEAD, Gaussian, Inputs, Real
 from windfall.masks import Params
-from windfall.simulation import Matrices
-from windfall.spec import FAMILY, Spec
-from windfall.teachers import Student, Teacher, layer_names, nodes
+from windfall.pretrained import Trained
+from windfall.products import Products
+from windfall.spec import FAMILY, Json, Spec, SpecError
+from windfall.students import Student, Subset
+from windfall.teachers import Teacher
 
-AHEAD = 64  # steps whose inputs are drawn at once; it does not change the draws
 NUM_GRADIENT = 256  # evaluation inputs that the expected update is taken over: they steer nothing
-
-
-# -- what comes of it ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Course:
-    """What an experiment went through, at every step that was measured.
-
-    Args:
-        steps: [time], int64, from 0.
-        loss: [time], on the evaluation inputs, in the experiment's unit.
-        best: by hidden layer, each teacher node's highest correlation, [time, teacher node].
-        outgoing: by hidden layer, the L2 norms of the weights that read each student node,
-            [time, student node].
-        gradient: by layer, the L2 norm of its expected update, [time]; empty in the matrix form.
-        first: by hidden layer, rho at the start, [teacher node, student node].
-        last: the same at the last step.
-        frames: rho of the lowest hidden layer, [time, teacher node, student node].
-        dead: by hidden layer, which teacher nodes give the same on all inputs, [teacher node].
-        diverged: True when the loss was NaN or infinite at the last step measured.
-    """
-
-    steps: Tensor
-    loss: Tensor
-    best: Params
-    outgoing: Params
-    gradient: Params
-    first: Params
-    last: Params
-    frames: Tensor
-    dead: Params
-    diverged: bool = False
-
-    @property
-    def layers(self) -> list[str]:
-        """The hidden layers, the lowest first."""
-        return list(self.best)
-
-    def alignment(self, layer: str) -> Tensor:
-        """The mean over teacher nodes of the best student node's correlation, [time].
-
-        Dead teacher nodes count with their correlation of 0.
-
-        Source: 1905.13405; luckmatters, `recon_multilayer.getCorrs`.
-        """
-        return self.best[layer].mean(1)
-
-    def ranks(self, layer: str) -> Tensor:
-        """The winners' places at the start, [teacher node that is alive]; see `dynamics.ranks`."""
-        found = dynamics.ranks(self.first[layer], dynamics.winners(self.last[layer]))
-        return found[~self.dead[layer]]
-
-    def matched(self, layer: str, threshold: float = 0.9) -> Tensor:
-        """Which student nodes end above the threshold with some teacher node, [student node]."""
-        return dynamics.is_matched(self.last[layer], threshold)
-
-    def tensors(self) -> Params:
-        """Everything under one flat set of names, for a file."""
-        flat = {"steps": self.steps, "loss": self.loss, "frames": self.frames}
-        for kind in _BY_LAYER:
-            flat |= {f"{kind}/{layer}": value for layer, value in getattr(self, kind).items()}
-        return flat
-
-    @classmethod
-    def restored(cls, tensors: Params, *, diverged: bool) -> "Course":
-        """The course that `tensors` describe."""
-        parts: dict[str, Params] = {kind: {} for kind in _BY_LAYER}
-        for path, tensor in sorted(tensors.items()):
-            kind, slash, layer = path.partition("/")
-            if slash and kind in parts:
-                parts[kind][layer] = tensor
-        return cls(
-            tensors["steps"],
-            tensors["loss"],
-            frames=tensors["frames"],
-            diverged=diverged,
-            **parts,
-        )
-
-
-_BY_LAYER = ("best", "outgoing", "gradient", "first", "last", "dead")
-
-
-@dataclass(frozen=True)
-class Look:
-    """One measurement: a `Course` at one step, without its axis of time."""
-
-    step: int
-    loss: Tensor
-    rho: Params
-    outgoing: Params
-    gradient: Params
-
-
-def _course(looks: list[Look], dead: Params, *, diverged: bool) -> Course:
-    first, last = looks[0], looks[-1]
-    lowest = next(iter(first.rho))
-    return Course(
-        torch.tensor([look.step for look in looks]),
-        torch.stack([look.loss for look in looks]),
-        {n: torch.stack([dynamics.best(look.rho[n]) for look in looks]) for n in first.rho},
-        {n: torch.stack([look.outgoing[n] for look in looks]) for n in first.outgoing},
-        {n: torch.stack([look.gradient[n] for look in looks]) for n in first.gradient},
-        first.rho,
-        last.rho,
-        torch.stack([look.rho[lowest] for look in looks]),
-        dead,
-        diverged,
-    )
-
-
-# -- the laboratory --------------------------------------------------------------------------------
-
-
-class Inputs(Spec):
-    """Gaussian inputs, x ~ N(0, std² I).
-
-    Source: luckmatters, `recon_multilayer`'s defaults.
-
-    Args:
-        dimension: of x.
-        std: of each coordinate, above 0.
-        num_train: training inputs, seen in an endless seeded order; None draws every batch afresh.
-        num_evaluation: inputs that losses and correlations are measured on, never trained on.
-    """
-
-    dimension: PositiveInt = 20
-    std: PositiveFloat = 10.0
-    num_train: PositiveInt | None = 100_000
-    num_evaluation: PositiveInt = 1024
-
-    def evaluation(self, seed: int) -> Tensor:
-        """The inputs to measure on, [sample, dimension], float32."""
-        return self._drawn(seed, "evaluation-inputs", 0, self.num_evaluation)
-
-    def batches(self, seed: int, batch_size: int, step: int) -> Iterator[Tensor]:
-        """The batches of this step and of every later one, [batch, dimension], float32."""
-        if self.num_train is None:
-            yield from self._fresh(seed, batch_size, step)
-            return
-        whole = self._drawn(seed, "inputs", 0, self.num_train)
-        order = Order(seed, self.num_train, batch_size)
-        while True:
-            for indices in order.batches(step, AHEAD):
-                yield whole.index_select(0, torch.from_numpy(indices))
-            step += AHEAD
-
-    def _fresh(self, seed: int, batch_size: int, step: int) -> Iterator[Tensor]:
-        block, begun = divmod(step, AHEAD)
-        while True:
-            drawn = self._drawn(seed, "inputs", block, AHEAD * batch_size)
-            yield from drawn.split(batch_size)[begun:]
-            block, begun = block + 1, 0
-
-    def _drawn(self, seed: int, purpose: str, index: int, num: int) -> Tensor:
-        draws = seeds.stream(seed, purpose, index).standard_normal((num, self.dimension))
-        return torch.from_numpy(self.std * draws).float()
+NUM_OUTPUTS = 100  # of a random teacher, where none is said
+RARELY = 10  # measurements for one of couplings, which cost more
 
 
 class Laboratory(Spec):
@@ -198,49 +45,137 @@ class Laboratory(Spec):
     Source: 1905.13405; luckmatters, `recon_multilayer` with its README's learning rate.
 
     Args:
-        teacher: seed s has the random teacher number `teacher.seed` + s.
+        teacher: random, or trained on its inputs' labels; seed s has number `teacher.seed` + s.
         student: how wide, how it begins.
-        inputs: what both see.
-        num_outputs: of teacher and student.
+        subset: train the student, prune it to some of its nodes, and train those; None: once.
+        inputs: what teacher and student see.
+        num_outputs: of teacher and student; None is 100, or a trained teacher's classes.
         loss: see above.
         learning_rate: of every step, above 0.
         batch_size: inputs of a step.
         steps: of the training; 62,500 are forty passes over 100,000 inputs.
         measure_every: steps between measurements; the first ones and the last step come besides.
+        num_coupled: evaluation inputs that H, beta and L are taken over, now and then; 0: never.
+        snapshots: steps whose parameters are kept, beside the last.
         dtype: of parameters and arithmetic.
     """
 
-    teacher: Teacher = Teacher()
+    teacher: Annotated[Teacher | Trained, FAMILY] = Teacher()
     student: Student = Student()
-    inputs: Inputs = Inputs()
-    num_outputs: PositiveInt = 100
+    subset: Subset | None = None
+    inputs: Inputs = Gaussian()
+    num_outputs: PositiveInt | None = None
     loss: Literal["squared-error", "cross-entropy"] = "squared-error"
     learning_rate: PositiveFloat = 0.05
     batch_size: PositiveInt = 64
     steps: int = Field(default=62_500, ge=1)
     measure_every: PositiveInt = 1563  # a pass over the inputs
+    num_coupled: NonNegativeInt = 128
+    snapshots: tuple[NonNegativeInt, ...] = ()
     dtype: Literal["float32", "float64"] = "float32"
 
     @model_validator(mode="after")
     def _fits(self) -> "Laboratory":
         """Refuse a teacher that cannot be, and a student of another one, before anything starts."""
-        goal = self.teacher.parameters(self.inputs.dimension, self.num_outputs)
-        self.student.parameters(goal, 0)
+        self.student.sizes(self.hidden)
+        if isinstance(self.teacher, Trained):
+            if not isinstance(self.inputs, Real):
+                raise ValueError(
+                    "`inputs` must be real data for a trained teacher, which needs labels; got"
+                    " gaussian"
+                )
+            if self.num_outputs is not None:
+                raise ValueError(
+                    "`num_outputs` must be left out for a trained teacher, which has one a class;"
+                    f" got {self.num_outputs}"
+                )
+        if isinstance(self.inputs, Gaussian):
+            self.check()
+        if any(step > self.steps for step in self.snapshots):
+            raise ValueError(
+                f"`snapshots` must be steps of the training, 0 to {self.steps:,}; got"
+                f" {list(self.snapshots)}"
+            )
         return self
+
+    def check(self) -> None:
+        """Refuse what cannot be trained; where the inputs are real, this reads them.
+
+        Raises:
+            SpecError: when there is no such teacher, or the data are missing.
+        """
+        if isinstance(self.teacher, Trained):
+            self.teacher.begun(self.inputs.shape, self._num_outputs())
+        else:
+            self.goal(0)
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """The sizes of the teacher's hidden layers."""
+        return self.teacher.active if isinstance(self.teacher, Trained) else self.teacher.hidden
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the hidden layers, the lowest first."""
+        return [f"hidden{layer}" for layer in range(1, len(self.hidden) + 1)]
+
+    def goal(self, seed: int) -> Params:
+        """The teacher of a seed, float64."""
+        teacher = self.teacher.model_copy(update={"seed": self.teacher.seed + seed})
+        if isinstance(teacher, Teacher):
+            return teacher.parameters(self.inputs.shape, self._num_outputs())
+        assert isinstance(self.inputs, Real)
+        return teacher.parameters(self.inputs.loaded())
+
+    def parent(self) -> "Laboratory | None":
+        """The experiment whose student is pruned to the subset."""
+        return self.model_copy(update={"subset": None}) if self.subset else None
 
     def course(self, seed: int, pulse: "Pulse" = lambda *_: None) -> Course:
         """Train from the start to the last step; see `Training.run`."""
-        return Training(self, seed).run(pulse)
+        parent = self.parent()
+        grown = parent.course(seed) if parent else None
+        return Training(self, seed, parent=grown).run(pulse)
 
     def measures(self, step: int) -> bool:
         """Whether the student is measured after so many steps: early often, later regularly."""
         is_early = step < self.measure_every and step & (step - 1) == 0  # 0, 1, 2, 4, 8, ...
-        return is_early or step % self.measure_every == 0 or step == self.steps
+        is_regular = step % self.measure_every == 0 or step == self.steps
+        return is_early or is_regular or step in self.snapshots
+
+    def couples(self, step: int) -> bool:
+        """Whether H, beta and L are measured too: at the start, rarely, and at the end."""
+        is_regular = step % (RARELY * self.measure_every) == 0 or step == self.steps
+        return self.num_coupled > 0 and (is_regular or step == self.measure_every)
+
+    def num_macs(self) -> int:
+        """Multiply-adds of the student for one input; of a subset, those of its most nodes.
+
+        Where the inputs are real, this reads them.
+        """
+        hidden = self.hidden if self.subset else self.student.sizes(self.hidden)
+        shape, layers = self.inputs.shape, self.teacher.layers
+        shapes = teachers.layer_shapes(hidden, layers, shape, self._num_outputs())
+        positions = [
+            chains.positions(shape, layer) if layers == "convolutional" else 1
+            for layer in range(1, len(hidden) + 1)
+        ]
+        return sum(
+            num * math.prod(each)
+            for num, each in zip([*positions, 1], shapes.values(), strict=True)
+        )
+
+    def _num_outputs(self) -> int:
+        if isinstance(self.teacher, Trained):
+            assert isinstance(self.inputs, Real)
+            return self.inputs.loaded().num_classes
+        return self.num_outputs or NUM_OUTPUTS
 
     @property
     def num_epochs(self) -> float:
-        """Passes over the training inputs; nan where each is seen once."""
-        return self.steps * self.batch_size / (self.inputs.num_train or math.nan)
+        """Passes over Gaussian training inputs; nan where each is seen once."""
+        num = self.inputs.num_train if isinstance(self.inputs, Gaussian) else None
+        return self.steps * self.batch_size / (num or math.nan)
 
 
 Pulse = Callable[[int, Callable[[], "State"]], None]
@@ -253,6 +188,31 @@ class State:
     params: Params
     looks: list[Look]
 
+    def tensors(self) -> Params:
+        """Everything that is a tensor under one flat set of names, for a file."""
+        flat: Params = {f"params/{name}": value for name, value in self.params.items()}
+        for place, look in enumerate(self.looks):
+            flat |= {f"looks/{place}/{name}": value for name, value in look.tensors().items()}
+        return flat
+
+    def facts(self) -> Json:
+        """Everything else, JSON-able."""
+        return {"steps": [look.step for look in self.looks]}
+
+    @classmethod
+    def restored(cls, tensors: Params, facts: Json) -> "State":
+        """The state that `tensors` and `facts` describe."""
+
+        def under(prefix: str) -> Params:
+            held = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            return ordered(held)
+
+        looks = [
+            Look.restored(step, under(f"looks/{place}/"))
+            for place, step in enumerate(facts["steps"])
+        ]
+        return cls(under("params/"), looks)
+
 
 class Training:
     """One training: the student, its teacher, and what was measured so far.
@@ -261,26 +221,43 @@ class Training:
         settings: of the experiment.
         seed: at least 0.
         state: where it goes on, or None for the beginning.
+        parent: the course of the experiment's parent, if it has one.
     """
 
-    def __init__(self, settings: Laboratory, seed: int, state: State | None = None) -> None:
+    def __init__(
+        self,
+        settings: Laboratory,
+        seed: int,
+        state: State | None = None,
+        parent: Course | None = None,
+    ) -> None:
         self.settings, self.seed = settings, seed
         dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-        drawn = settings.teacher.model_copy(update={"seed": settings.teacher.seed + seed})
-        goal = drawn.parameters(settings.inputs.dimension, settings.num_outputs)
+        goal = settings.goal(seed)
         self.goal: Params = {name: value.to(dtype) for name, value in goal.items()}
-        shape = (settings.inputs.dimension,)
-        with seeds.isolated(seed, "student"):
-            self.network = settings.student.build(shape, settings.num_outputs).to(dtype)
-        begun = settings.student.parameters(goal, seed) if state is None else state.params
-        self.network.load_state_dict(dict(begun), strict=state is not None)
+        self.num_outputs = len(goal["output.bias"])
+        begun = state.params if state else beginning(settings, goal, seed, parent)
+        begun = {n: v.to(dtype) if v.is_floating_point() else v for n, v in begun.items()}
+        self.network = chains.build(begun, settings.student.norm)
         self.params: Params = dict(self.network.state_dict(keep_vars=True))
-        self.looks = [] if state is None else list(state.looks)
+        self.looks = list(state.looks) if state else []
         self.step = self.looks[-1].step if self.looks else 0
-        self.evaluation = settings.inputs.evaluation(seed).to(dtype)
-        self.seen = dynamics.activations(self.goal, self.evaluation)
-        self.answers = _answers(self.goal, self.evaluation)
-        self.advance = _Products(self).advance if settings.student.norm == "none" else self._descend
+        self.inputs = settings.inputs.drawn(seed, settings.batch_size)
+        self.evaluation, self.training = (
+            values.to(dtype) for values in (self.inputs.evaluation, self.inputs.training)
+        )
+        teacher = chains.build(self.goal)
+        self.seen = nodes(teacher, self.evaluation)
+        self.answers, self.taught = (
+            chains.outputs(self.goal, values) for values in (self.evaluation, self.training)
+        )
+        error = None if settings.loss == "squared-error" else self.error
+        is_plain = settings.student.norm == "none" and not chains.is_convolutional(goal)
+        self.advance: Callable[[Tensor, Tensor], None] = (
+            Products(self.params, self.rate, settings.batch_size, error).advance
+            if is_plain
+            else self.descend
+        )
 
     # -- a step --
 
@@ -289,51 +266,101 @@ class Training:
         if self.settings.loss == "squared-error":
             return (answers - outputs).div_(len(outputs))
         labels = F.one_hot(answers.argmax(1), answers.shape[1]).to(outputs)
-        scale = self.settings.num_outputs / 2
-        return (labels - outputs.softmax(1)).mul_(scale / len(outputs))
+        return (labels - outputs.softmax(1)).mul_(self.num_outputs / 2 / len(outputs))
 
-    def _descend(self, inputs: Tensor, answers: Tensor) -> None:
-        """A step by automatic differentiation: of students with BatchNorm."""
+    def descend(self, inputs: Tensor, answers: Tensor) -> None:
+        """A step by automatic differentiation, of any student."""
+        self._differentiate(inputs, answers)
+        with torch.no_grad():
+            for param in self.network.parameters():
+                assert param.grad is not None
+                param.sub_(param.grad, alpha=self.rate)
+
+    def _differentiate(self, inputs: Tensor, answers: Tensor) -> None:
         for param in self.network.parameters():
             param.grad = None
         outputs = self.network(inputs)
         outputs.backward(-self.error(outputs.detach(), answers))
-        with torch.no_grad():
-            for param in self.network.parameters():
-                if param.grad is not None:
-                    param.sub_(param.grad, alpha=self.rate)
 
     @property
     def rate(self) -> float:
         """The learning rate, times 2 / outputs: the mean over outputs, and the square's 2."""
-        return 2 * self.settings.learning_rate / self.settings.num_outputs
+        return 2 * self.settings.learning_rate / self.num_outputs
+
+    def _taught(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and the teacher's answers, step by step; answered a block at a time, for speed."""
+        size, (block, begun) = self.settings.batch_size, divmod(self.step, AHEAD)
+        while True:
+            inputs = self.inputs.block(block).to(self.evaluation)
+            answers = chains.outputs(self.goal, inputs)
+            pairs = zip(inputs.split(size), answers.split(size), strict=True)
+            yield from itertools.islice(pairs, begun, None)
+            block, begun = block + 1, 0
 
     # -- measuring --
 
-    @torch.no_grad()
     def look(self) -> Look:
         """Measure the student as it is."""
         self.network.eval()
-        seen, outputs = nodes(self.network, self.evaluation), self.network(self.evaluation)
-        self.network.train()
-        rho = {n: dynamics.correlation(self.seen[n], seen[n]) for n in self.seen}
-        params = {name: value.detach() for name, value in self.params.items()}
-        gradient: Params = {}
-        if self.settings.student.norm == "none":
-            update = dynamics.expected_update(params, self.goal, self.evaluation[:NUM_GRADIENT])
-            gradient = {
-                name: torch.tensor(norm) for name, norm in dynamics.update_norms(update).items()
-            }
-        return Look(self.step, self._loss(outputs), rho, dynamics.outgoing_norms(params), gradient)
+        try:
+            return self._look()
+        finally:
+            self.network.train()
 
-    def _loss(self, outputs: Tensor) -> Tensor:
+    def _look(self) -> Look:
+        seen = nodes(self.network, self.evaluation)
+        params = {name: value.detach() for name, value in self.params.items()}
+        keeps = self.step in self.settings.snapshots and self.step < self.settings.steps
+        couples = self.settings.couples(self.step)
+        return Look(
+            self.step,
+            self._scores(),
+            {name: dynamics.correlation(self.seen[name], seen[name]) for name in self.seen},
+            {name: params[f"{name}.weight"].flatten(1).norm(dim=1) for name in self.seen},
+            chains.outgoing_norms(params),
+            self._gradient_norms(),
+            self._couplings(params) if couples else {},
+            _copied(params) if keeps else {},
+        )
+
+    @torch.no_grad()
+    def _scores(self) -> Tensor:
+        pairs = ((self.evaluation, self.answers), (self.training, self.taught))
+        found = [(self.network(inputs), answers) for inputs, answers in pairs]
+        losses = [self._loss(outputs, answers) for outputs, answers in found]
+        agreed = [(one.argmax(1) == other.argmax(1)).double().mean() for one, other in found]
+        return torch.stack([*losses, *agreed])
+
+    def _loss(self, outputs: Tensor, answers: Tensor) -> Tensor:
         if self.settings.loss == "squared-error":
-            return F.mse_loss(outputs, self.answers).double()
-        return F.cross_entropy(outputs, self.answers.argmax(1)).double()
+            return F.mse_loss(outputs, answers).double()
+        return F.cross_entropy(outputs, answers.argmax(1)).double()
+
+    def _gradient_norms(self) -> Params:
+        """By layer, the L2 norm of the expected update: of half the outputs times the loss."""
+        self._differentiate(self.evaluation[:NUM_GRADIENT], self.answers[:NUM_GRADIENT])
+        found: Params = {}
+        for name in layer_names(self.params):
+            grads = [self.params[f"{name}.{kind}"].grad for kind in ("weight", "bias")]
+            found[name] = torch.cat([g.flatten() for g in grads if g is not None]).norm()
+        return found
+
+    @torch.no_grad()
+    def _couplings(self, params: Params) -> Params:
+        if self.settings.student.norm != "none" or chains.is_convolutional(params):
+            return {}
+        inputs = self.evaluation[: self.settings.num_coupled].flatten(1)
+        found = dynamics.couplings(params, self.goal, inputs)
+        return {
+            f"{kind}/{name}": matrix[: len(params[f"{name}.weight"])].norm(dim=1)
+            for kind in COUPLINGS
+            for name, matrix in getattr(found, kind).items()
+            if name != "output"
+        }
 
     def state(self) -> State:
         """The training now."""
-        params = {name: value.detach().clone() for name, value in self.params.items()}
+        params = _copied(self.params)
         return State(params, list(self.looks))
 
     def run(self, pulse: Pulse = lambda *_: None) -> Course:
@@ -346,106 +373,42 @@ class Training:
         settings, total = self.settings, self.settings.steps
         if not self.looks:
             self.looks.append(self.look())
-        batches = settings.inputs.batches(self.seed, settings.batch_size, self.step)
-        while self.step < total and bool(self.looks[-1].loss.isfinite()):
-            inputs = next(batches).to(self.evaluation)
-            self.advance(inputs, _answers(self.goal, inputs))
+        pairs, is_finite = self._taught(), True
+        while self.step < total and is_finite:
+            self.advance(*next(pairs))
             self.step += 1
             if settings.measures(self.step):
                 self.looks.append(self.look())
+                is_finite = bool(self.looks[-1].scores[0].isfinite())
                 pulse(self.step, self.state)
         dead = {name: dynamics.dead(seen) for name, seen in self.seen.items()}
-        return _course(self.looks, dead, diverged=not bool(self.looks[-1].loss.isfinite()))
+        diverged = not bool(self.looks[-1].scores[0].isfinite())
+        return gathered(self.looks, dead, self.state().params, diverged=diverged)
 
 
-def _answers(goal: Params, inputs: Tensor) -> Tensor:
-    """What the teacher gives, [batch, output]."""
-    values, names = inputs, layer_names(goal)
-    for name in names:
-        values = torch.addmm(goal[f"{name}.bias"], values, goal[f"{name}.weight"].t())
-        if name != names[-1]:
-            values = values.relu_()
-    return values
+def _copied(params: Params) -> Params:
+    layout = torch.contiguous_format  # a view's own would hold what is not its
+    return {n: value.detach().clone(memory_format=layout) for n, value in params.items()}
 
 
-class _Products:
-    """A step of a student without normalization: its products alone, in memory of their own.
+def beginning(settings: Laboratory, goal: Params, seed: int, parent: Course | None) -> Params:
+    """The student's parameters at the start, float64, those of a subset from its parent's course.
 
-    Forward and backward are written out, and each layer's update is one product that is added to
-    the weight in place. `Training._descend` is its twin.
+    Raises:
+        SpecError: when the parent diverged, so that it has no winners.
     """
-
-    def __init__(self, training: Training) -> None:
-        self.training, self.rate = training, training.rate
-        names = layer_names(training.params)
-        self.weights = [training.params[f"{name}.weight"].detach() for name in names]
-        self.biases = [training.params[f"{name}.bias"].detach() for name in names]
-        size = training.settings.batch_size
-        like = self.weights[0]
-        self.ones = like.new_ones(size)
-        self.values = [like.new_empty(size, len(bias)) for bias in self.biases]
-        self.pulled = [torch.empty_like(values) for values in self.values]
-
-    @torch.no_grad()
-    def advance(self, inputs: Tensor, answers: Tensor) -> None:
-        """One step of the training."""
-        values, reads = inputs, [inputs]
-        for weight, bias, made in zip(self.weights, self.biases, self.values, strict=True):
-            values = torch.addmm(bias, values, weight.t(), out=made)
-            if made is not self.values[-1]:
-                reads.append(values.relu_())
-        error = self.training.error(values, answers)
-        for place in reversed(range(len(self.weights))):
-            below = error
-            if place:
-                below = torch.mm(error, self.weights[place], out=self.pulled[place - 1])
-                below.mul_(reads[place].sign())  # the gates: what was rectified is 0 or more
-            self.weights[place].addmm_(error.t(), reads[place], alpha=self.rate)
-            self.biases[place].addmv_(error.t(), self.ones, alpha=self.rate)
-            error = below
-
-
-# -- the matrix form -------------------------------------------------------------------------------
-
-
-def matrix_course(settings: Matrices, seed: int) -> Course:
-    """The course of the paper's matrix form; its correlations and loss are over all inputs."""
-    series, tensor = simulation.simulate(settings, seed), torch.from_numpy
-    layer = "hidden1"
-    norms, is_dead = tensor(series.outgoing[:, :-1]), torch.zeros(len(series.first)).bool()
-    return Course(
-        tensor(series.steps),
-        tensor(series.loss),
-        {layer: tensor(series.best)},
-        {layer: norms},
-        {},
-        {layer: tensor(series.first)},
-        {layer: tensor(series.last)},
-        torch.stack([tensor(series.first), tensor(series.last)]),
-        {layer: is_dead},
-    )
-
-
-Experiment = Annotated[Laboratory | Matrices, FAMILY]
-
-
-def num_steps(experiment: Laboratory | Matrices) -> int:
-    """The steps of one training."""
-    return experiment.steps if isinstance(experiment, Laboratory) else experiment.num_steps
-
-
-def num_weights(experiment: Laboratory | Matrices) -> int:
-    """The weights of its student, biases not counted."""
-    if isinstance(experiment, Laboratory):
-        student = experiment.student
-        wide = (student.multi * size for size in student.hidden)
-        sizes = [experiment.inputs.dimension, *wide, experiment.num_outputs]
-    else:
-        num_inputs, num_nodes, num_outputs = experiment.sizes
-        sizes = [num_inputs, experiment.multi * num_nodes, num_outputs]
-    return sum(one * other for one, other in itertools.pairwise(sizes))
-
-
-def training_flops(experiment: Laboratory | Matrices) -> float:
-    """FLOPs of one training: 6 for each weight, input and step, forward, backward and update."""
-    return 6.0 * num_weights(experiment) * experiment.batch_size * num_steps(experiment)
+    student, subset = settings.student, settings.subset
+    if subset is None:
+        return student.parameters(goal, seed)
+    assert parent is not None, "a subset is pruned from a student that was trained"
+    if parent.diverged:
+        raise SpecError(
+            f"`learning_rate` must be one that the student to prune converges with; got"
+            f" {settings.learning_rate:g}, and seed {seed} diverged."
+        )
+    won = {layer: parent.winners(layer) for layer in parent.layers}
+    sizes = {layer: rho.shape[1] for layer, rho in parent.last.items()}
+    is_final = subset.weights == "final"
+    redrawn = subset.weights == "redrawn"
+    params = parent.params if is_final else student.parameters(goal, seed, redrawn=redrawn)
+    return chains.restricted(params, subset.kept(won, sizes, seed))

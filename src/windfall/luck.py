@@ -10,22 +10,23 @@ one arm with what chance gives. All contrasts of a study make one family of verd
     document = summary(study, courses)      # courses by (arm, seed)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
 from windfall import dynamics, stats
-from windfall.laboratory import Course, Experiment, Laboratory
+from windfall.course import Course
+from windfall.experiments import Experiment, metrics
+from windfall.laboratory import Laboratory
+from windfall.measures import HALF, Outcome, Readings, measured
 from windfall.spec import Json, Spec, decode, digest, merge, nearest
 
 CHANCE = "chance"  # what an arm's ranks are compared with
-HALF = 0.5  # of the share of student nodes that were ahead: what chance gives
-KINDS = ("alignment", "early-alignment", "covered", "rank", "fading", "loss")
-COVERED = 0.95  # correlation above which a teacher node counts as found
-EARLY = 0.25  # of the steps
+CONSTANTS = {CHANCE: HALF, "one": 1.0}  # what an arm may be compared with, beside another
+SHARES = ("rank", "negative", "passes")  # kinds of metrics of which chance gives a half
 
 
 class Contrast(Spec):
@@ -34,8 +35,9 @@ class Contrast(Spec):
     Args:
         effect: its name.
         arm: claimed to be better.
-        against: the arm it is compared with; `chance` is known of `rank` alone.
-        metric: see `measured`.
+        against: the arm it is compared with; `chance`, .5, of ranks and shares, or
+            `one`, 1, of ratios.
+        metric: see `measures.measured`.
         is_lower: the claim is that the metric is lower.
         margin: the smallest difference that matters, in the metric's unit, at least 0.
         question: what it asks, for the page.
@@ -61,6 +63,8 @@ class LaboratoryStudy(Spec):
         experiment: what all arms share.
         arms: by name, what each changes of it, as tables of its fields.
         contrasts: the family of verdicts.
+        exclude_dead: leave teacher nodes that give the same on all inputs out of alignment and
+            coverage, where they else count with a correlation of 0.
     """
 
     name: str = Field(default="luck", pattern=r"^[A-Za-z0-9_-]+$")
@@ -70,31 +74,32 @@ class LaboratoryStudy(Spec):
     experiment: Experiment = Laboratory()
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     contrasts: tuple[Contrast, ...] = ()
+    exclude_dead: bool = False
 
     @field_validator("arms")
     @classmethod
-    def _none_is_chance(cls, arms: dict[str, Any]) -> dict[str, Any]:
-        if CHANCE in arms:
-            raise ValueError(f"must not be named `{CHANCE}`, which contrasts compare ranks with")
+    def _none_is_constant(cls, arms: dict[str, Any]) -> dict[str, Any]:
+        for name in CONSTANTS:
+            if name in arms:
+                raise ValueError(f"must not be named `{name}`, which contrasts compare arms with")
         return arms
 
     @model_validator(mode="after")
     def _fits(self) -> "LaboratoryStudy":
         experiments = self.experiments()
         for contrast in self.contrasts:
-            kind, _, layer = contrast.metric.partition("/")
-            if kind not in KINDS:
-                raise ValueError(f"`metric` must be a known one.{nearest(kind, list(KINDS))}")
+            kind = contrast.metric.partition("/")[0]
             for arm in (contrast.arm, contrast.against):
-                if arm == CHANCE and kind == "rank" and arm == contrast.against:
+                if arm == contrast.against and _is_constant(arm, kind):
                     continue
                 if arm not in self.arms:
                     known = nearest(arm, list(self.arms))
                     raise ValueError(f"`contrasts` must compare arms of the study.{known}")
-                layers = _hidden(experiments[arm])
-                if layer and layer not in layers:
+                known = metrics(experiments[arm])
+                if contrast.metric not in known:
                     raise ValueError(
-                        f"`metric` must name a hidden layer, {', '.join(layers)}; got {layer}"
+                        f"`metric` must be one of the arm {arm}; got"
+                        f" {contrast.metric!r}.{nearest(contrast.metric, known)}"
                     )
         return self
 
@@ -112,94 +117,33 @@ class LaboratoryStudy(Spec):
         }
 
 
+def _is_constant(name: str, kind: str) -> bool:
+    """Whether an arm is compared with a number in a metric of this kind: ratios with 1."""
+    is_ratio = "ratio" in kind or kind == "fading"
+    return (name == CHANCE and kind in SHARES) or (name == "one" and is_ratio)
+
+
 def address(experiment: Any, seed: int) -> str:
     """The name of an experiment's training with a seed."""
     return digest({"experiment": experiment.to_json(), "seed": seed})
 
 
-def _hidden(experiment: Any) -> list[str]:
-    if not isinstance(experiment, Laboratory):
-        return ["hidden1"]
-    return [f"hidden{layer}" for layer in range(1, len(experiment.student.hidden) + 1)]
-
-
-# -- what is measured of a course ------------------------------------------------------------------
-
-
-def metrics(layers: Sequence[str]) -> list[str]:
-    """The names of all metrics of a course with these hidden layers."""
-    kinds = [kind for kind in KINDS if kind != "loss"]
-    return ["alignment", "early-alignment", "loss"] + [
-        f"{kind}/{layer}" for layer in layers for kind in kinds
-    ]
-
-
-def measured(course: Course, metric: str) -> float:
-    """One number of a course; of one that diverged, what it was at the start, or chance.
-
-    - `alignment`: mean over teacher nodes of the best student's correlation, at the last step; the
-      mean over hidden layers, or of one, `alignment/hidden1`.
-    - `early-alignment`: the same at the last measurement within the first quarter of the steps.
-    - `covered/LAYER`: the share of teacher nodes whose best correlation is above .95.
-    - `rank/LAYER`: the mean over teacher nodes that are alive of the share of student nodes that
-      were ahead of the final winner at the start, in [0, 1]; .5 is chance.
-    - `fading/LAYER`: the median outgoing norm of student nodes that match no teacher node (.9) over
-      that of those that do, in [0, ...); 1 where either kind is missing.
-    - `loss`: on the evaluation inputs, at the last step.
-    """
-    kind, _, layer = metric.partition("/")
-    time = _time(course, kind)
-    if kind == "loss":
-        return float(course.loss[time])
-    if kind in ("alignment", "early-alignment"):
-        return float(
-            torch.stack(
-                [course.alignment(name)[time] for name in ([layer] if layer else course.layers)]
-            ).mean()
-        )
-    if kind == "covered":
-        return float((course.best[layer][time] > COVERED).double().mean())
-    if course.diverged:
-        return HALF if kind == "rank" else 1.0
-    return _relative_rank(course, layer) if kind == "rank" else _fading(course, layer)
-
-
-def _time(course: Course, kind: str) -> int:
-    if course.diverged:
-        return 0
-    if kind != "early-alignment":
-        return -1
-    return int((course.steps <= EARLY * course.steps[-1]).sum()) - 1
-
-
-def _relative_rank(course: Course, layer: str) -> float:
-    num_others = course.first[layer].shape[1] - 1
-    ranks = course.ranks(layer)
-    return float(ranks.double().mean()) / num_others if num_others and len(ranks) else HALF
-
-
-def _fading(course: Course, layer: str) -> float:
-    norms, is_matched = course.outgoing[layer][-1], course.matched(layer)
-    if bool(is_matched.all()) or not bool(is_matched.any()):
-        return 1.0
-    return float(norms[~is_matched].median() / norms[is_matched].median())
-
-
 # -- summing up ------------------------------------------------------------------------------------
 
-Courses = Mapping[tuple[str, int], Course]
+Outcomes = Mapping[tuple[str, int], Outcome]
 
 
-def arms(study: LaboratoryStudy, courses: Courses) -> list[Json]:
+def arms(study: LaboratoryStudy, outcomes: Outcomes) -> list[Json]:
     """Every arm in every metric: the mean over seeds and its 95 % interval.
 
     A seed whose run failed makes its rows null.
     """
     places, rows = study.places(), list[Json]()
     for arm, experiment in study.experiments().items():
-        for metric in metrics(_hidden(experiment)):
-            found = [(seed, courses.get((arm, seed))) for seed in range(study.num_seeds)]
-            values = [None if course is None else measured(course, metric) for _, course in found]
+        found = [(seed, outcomes.get((arm, seed))) for seed in range(study.num_seeds)]
+        living = study.exclude_dead
+        for metric in _metrics(experiment, [each for _, each in found]):
+            values = [each and _finite(measured(each, metric, living=living)) for _, each in found]
             whole = [value for value in values if value is not None]
             is_whole = len(whole) == len(values)
             interval = stats.mean_interval(whole) if is_whole else None
@@ -220,6 +164,17 @@ def arms(study: LaboratoryStudy, courses: Courses) -> list[Json]:
                 }
             )
     return rows
+
+
+def _finite(value: float) -> float | None:
+    """A number that a document can hold; one that is none, a ratio over 0, is as a failed run's."""
+    return value if math.isfinite(value) else None
+
+
+def _metrics(experiment: Any, outcomes: Sequence[Outcome | None]) -> list[str]:
+    """All metrics: those that its kind always has, and those of its own layers."""
+    read = [name for each in outcomes if isinstance(each, Readings) for name in each.values]
+    return list(dict.fromkeys([*metrics(experiment), *read]))
 
 
 def verdicts(study: LaboratoryStudy, rows: Sequence[Json]) -> list[Json]:
@@ -243,7 +198,8 @@ def _scale(contrast: Contrast) -> float:
 
 def _claim(contrast: Contrast, values: Mapping[tuple[str, str], list[float | None]]) -> stats.Claim:
     ones = values[contrast.arm, contrast.metric]
-    others = values.get((contrast.against, contrast.metric), [HALF] * len(ones))
+    constant = CONSTANTS.get(contrast.against, HALF)
+    others = values.get((contrast.against, contrast.metric), [constant] * len(ones))
     pairs = [(a, b) for a, b in zip(ones, others, strict=True) if a is not None and b is not None]
     if len(pairs) < len(ones):
         return stats.Claim(None)
@@ -280,7 +236,9 @@ def answer(study: LaboratoryStudy, decided: Sequence[Json]) -> list[str]:
     words = ("supported", "refuted", "undecided")
     counts = {word: sum(row["verdict"] == word for row in decided) for word in words}
     told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return [f"Of {len(decided)} claims: {told}.", *(_sentence(row) for row in decided)]
+    missed = [row["effect"] for row in decided if row["verdict"] != "supported"]
+    but = f" Not supported: {', '.join(missed)}." if missed and counts["supported"] else ""
+    return [f"Of {len(decided)} claims: {told}.{but}", *(_sentence(row) for row in decided)]
 
 
 def _sentence(row: Json) -> str:
@@ -294,25 +252,36 @@ def _sentence(row: Json) -> str:
     return f"{question} {row['verdict'].capitalize()}: {told}, n = {row['num_seeds']}."
 
 
-def exceptions(study: LaboratoryStudy, courses: Courses) -> list[str]:
+def exceptions(study: LaboratoryStudy, outcomes: Outcomes) -> list[str]:
     """What means would hide: runs that diverged, and teacher nodes that are dead on the data."""
-    notes: list[str] = []
+    notes, dead = list[str](), dict[str, list[str]]()
     for arm in study.arms:
-        of = {seed: c for (name, seed), c in courses.items() if name == arm}
-        gone = sorted(seed for seed, course in of.items() if course.diverged)
+        of = {seed: found for (name, seed), found in outcomes.items() if name == arm}
+        gone = sorted(seed for seed, found in of.items() if found.diverged)
         if gone:
             seeds = ", ".join(map(str, gone))
             notes.append(f"{arm}: seeds {seeds} diverged, and count as they were at the start")
-    dead: dict[int, int] = {}
-    for (_, seed), course in courses.items():
-        dead[seed] = sum(int(mask.sum()) for mask in course.dead.values())
-    if some := {seed: num for seed, num in sorted(dead.items()) if num}:
-        told = ", ".join(f"{num} of seed {seed}" for seed, num in some.items())
-        notes.append(
-            f"teacher nodes that give the same on all inputs: {told}; they count in alignment and"
-            " coverage with a correlation of 0, and not in ranks"
+        if told := _dead(of):
+            dead.setdefault(told, []).append(arm)
+    for told, names in dead.items():
+        whose = "" if len(dead) == 1 else f" ({', '.join(names)})"
+        counted = (
+            "they are left out"
+            if study.exclude_dead
+            else "they count in alignment and coverage with a correlation of 0, and not in ranks"
         )
+        notes.append(f"teacher nodes that give the same on all inputs{whose}: {told}; {counted}")
     return notes
+
+
+def _dead(found: Mapping[int, Outcome]) -> str:
+    """How many teacher nodes are dead, seed by seed; nothing where none is."""
+    told: list[str] = []
+    for seed, course in sorted(found.items()):
+        if isinstance(course, Course):
+            num = sum(int(mask.sum()) for mask in course.dead.values())
+            told += [f"{num} of seed {seed}"] if num else []
+    return ", ".join(told)
 
 
 def node_table(course: Course) -> list[Json]:

@@ -3,7 +3,8 @@
 Each takes courses, and returns a matplotlib `Figure`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from windfall import drawing, dynamics, stats
+from windfall.course import COUPLINGS, Course
 from windfall.drawing import COLORS, NARROW, WIDE
-from windfall.laboratory import Course
+from windfall.dynamics import THRESHOLDS
+from windfall.measures import Readings
 
 _ARMS = ("muted", "sky", "green", "blue", "violet", "vermilion", "orange", "pink")  # in their order
 _BARS = 10  # of a histogram
+
+_SYMBOLS = ("β", "β*", "H", "H*", "L", "L*")  # of COUPLINGS
 
 Courses = Mapping[str, Sequence[Course]]
 
@@ -36,43 +41,183 @@ def _panels(num: int, width_inches: float, height: float) -> tuple[Figure, list[
     return figure, list(panels[:num])
 
 
+def _stepped(axes: Axes, title: str) -> None:
+    """A panel over steps: their axis is logarithmic, with the start at its left end."""
+    axes.set_title(title)
+    axes.set_xscale("log")
+    axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
+    axes.tick_params(length=0)
+    axes.set_xlabel("Step")
+
+
+def _steps(steps: Tensor) -> Any:
+    return np.maximum(steps.numpy(), 0.7)
+
+
+def _band(
+    axes: Axes, places: Any, values: Sequence[Tensor], paint: str, label: str, style: str = "-"
+) -> None:
+    """A line of means over seeds, and the band of their 95 % intervals."""
+    if not values:
+        return
+    whole = torch.stack(list(values)).double().numpy()
+    axes.plot(places, whole.mean(0), style, color=paint, label=label)
+    intervals = [stats.mean_interval(column.tolist()) for column in whole.T]
+    if None not in intervals:
+        low, high = np.array(intervals).T
+        axes.fill_between(places, low, high, color=paint, alpha=0.18, linewidth=0)
+
+
+def _whole(each: Sequence[Any]) -> list[Any]:
+    return [found for found in each if not found.diverged]
+
+
+def _layers(courses: Courses) -> list[str]:
+    return next(iter(courses.values()))[0].layers
+
+
+def _by_step(
+    courses: Courses, width_inches: float, value: Callable[[Course, str], Tensor]
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each hidden layer, with a band for each arm of what `value` gives by step."""
+    layers = _layers(courses)
+    figure, panels = _panels(len(layers), width_inches, 1.9)
+    for layer, axes in zip(layers, panels, strict=True):
+        for place, (arm, each) in enumerate(courses.items()):
+            if whole := _whole(each):
+                values = [value(course, layer) for course in whole]
+                _band(axes, _steps(whole[0].steps), values, color(place), arm)
+        _stepped(axes, _words(layer))
+    return figure, panels
+
+
 @drawing.styled
 def alignments(courses: Courses, *, width_inches: float = WIDE) -> Figure:
     """Alignment against the step, a panel for each hidden layer and a line for each arm.
 
-    Lines are means over seeds, bands their 95 % intervals. The step's axis is logarithmic from 1;
-    the start is drawn at its left end.
+    Lines are means over seeds, bands their 95 % intervals.
 
     Args:
         courses: of every arm, one a seed.
         width_inches: of the figure.
     """
-    layers = next(iter(courses.values()))[0].layers
-    figure, panels = _panels(len(layers), width_inches, 1.9)
-    for layer, axes in zip(layers, panels, strict=True):
-        for place, (arm, each) in enumerate(courses.items()):
-            _draw_alignment(axes, arm, each, layer, color(place))
-        axes.set_title(_words(layer))
-        axes.set_xscale("log")
-        axes.set_ylim(0, 1.02)
-        axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
-        axes.tick_params(length=0)
-        axes.set_xlabel("Step")
+    figure, panels = _by_step(courses, width_inches, Course.alignment)
+    panels[0].set_ylim(0, 1.02)
     drawing.legend(figure, panels, width_inches)
     return figure
 
 
-def _draw_alignment(axes: Axes, arm: str, each: Sequence[Course], layer: str, paint: str) -> None:
-    whole = [course for course in each if not course.diverged]
-    if not whole:
-        return
-    values = torch.stack([course.alignment(layer) for course in whole]).double().numpy()
-    steps = np.maximum(whole[0].steps.numpy(), 0.7)
-    axes.plot(steps, values.mean(0), color=paint, label=arm)
-    intervals = [stats.mean_interval(column.tolist()) for column in values.T]
-    if None not in intervals:
-        low, high = np.array(intervals).T
-        axes.fill_between(steps, low, high, color=paint, alpha=0.18, linewidth=0)
+@drawing.styled
+def coverage(courses: Courses, *, width_inches: float = WIDE) -> Figure:
+    """The share of teacher nodes found at the end, against what counts as found.
+
+    Args:
+        courses: of every arm, one a seed.
+        width_inches: of the figure.
+    """
+    layers = _layers(courses)
+    figure, panels = _panels(len(layers), width_inches, 1.7)
+    for layer, axes in zip(layers, panels, strict=True):
+        for place, (arm, each) in enumerate(courses.items()):
+            values = [
+                torch.stack([course.covered(layer, t)[-1] for t in THRESHOLDS])
+                for course in _whole(each)
+            ]
+            _band(axes, THRESHOLDS, values, color(place), arm)
+        axes.set_title(_words(layer))
+        axes.set_xlabel("Correlation above")
+        axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
+        axes.tick_params(length=0)
+    panels[0].set_ylim(0, 1.02)
+    drawing.legend(figure, panels, width_inches)
+    return figure
+
+
+@drawing.styled
+def losses(courses: Courses, *, width_inches: float = WIDE) -> Figure:
+    """The loss on evaluation inputs (solid) and on training inputs (dashed), by step.
+
+    Args:
+        courses: of every arm, one a seed.
+        width_inches: of the figure.
+    """
+    figure = Figure(figsize=(width_inches, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for place, (arm, each) in enumerate(courses.items()):
+        whole = _whole(each)
+        for score, style in ((0, "-"), (1, "--")):
+            values = [course.scores[:, score] for course in whole]
+            if values and bool(torch.stack(values).isfinite().all()):
+                label = "_training" if score else arm
+                _band(axes, _steps(whole[0].steps), values, color(place), label, style)
+    _stepped(axes, "")
+    axes.set_yscale("log")
+    axes.set_ylabel("Loss")
+    drawing.legend(figure, [axes], width_inches)
+    return figure
+
+
+@drawing.styled
+def gradients(courses: Courses, *, width_inches: float = WIDE) -> Figure:
+    """The L2 norm of the expected update of each layer, by step.
+
+    Args:
+        courses: of every arm, one a seed.
+        width_inches: of the figure.
+    """
+    figure, panels = _by_step(courses, width_inches, lambda course, layer: course.gradient[layer])
+    panels[0].set_yscale("log")
+    drawing.legend(figure, panels, width_inches)
+    return figure
+
+
+@drawing.styled
+def couplings(courses: Sequence[Course], *, width_inches: float = WIDE) -> Figure:
+    """How strongly nodes are coupled: medians over student nodes of the rows of H, beta and L.
+
+    Args:
+        courses: one arm's, one a seed.
+        width_inches: of the figure.
+    """
+    layers = courses[0].layers
+    figure, panels = _panels(len(layers), width_inches, 1.9)
+    for layer, axes in zip(layers, panels, strict=True):
+        for place, (kind, symbol) in enumerate(zip(COUPLINGS, _SYMBOLS, strict=True)):
+            name = f"{kind}/{layer}"
+            found = [course for course in _whole(courses) if name in course.couplings]
+            values = [course.couplings[name].median(1).values for course in found]
+            if found:
+                _band(axes, _steps(found[0].coupling_steps), values, color(place), symbol)
+        _stepped(axes, _words(layer))
+        axes.set_yscale("log")
+    drawing.legend(figure, panels, width_inches)
+    return figure
+
+
+@drawing.styled
+def readings(found: Mapping[str, Sequence[Readings]], *, width_inches: float = WIDE) -> Figure:
+    """Every reading by step, a panel each and a line for each arm.
+
+    Args:
+        found: of every arm, one a seed.
+        width_inches: of the figure.
+    """
+    names = list(dict.fromkeys(n for each in found.values() for one in each for n in one.values))
+    columns = 3 if width_inches > NARROW else 2
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(width_inches, 0.5 + 1.5 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for name, axes in zip(names, panels, strict=False):
+        for place, (arm, each) in enumerate(found.items()):
+            whole = [one for one in _whole(each) if name in one.values]
+            if whole:
+                values = [one.values[name] for one in whole]
+                _band(axes, _steps(whole[0].steps), values, color(place), arm)
+        _stepped(axes, name)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    drawing.legend(figure, panels[: len(names)], width_inches)
+    return figure
 
 
 def by_winner(rho: Tensor, won: Tensor) -> Tensor:
@@ -154,11 +299,11 @@ def outgoing(courses: Courses, *, width_inches: float = WIDE) -> Figure:
         courses: of every arm, one a seed.
         width_inches: of the figure.
     """
-    layers = next(iter(courses.values()))[0].layers
+    layers = _layers(courses)
     figure, panels = _panels(len(layers), width_inches, 1.9)
     for layer, axes in zip(layers, panels, strict=True):
         for place, (arm, each) in enumerate(courses.items()):
-            whole = [course for course in each if not course.diverged]
+            whole = _whole(each)
             for is_matched, style in ((True, "-"), (False, "--")):
                 lines = [
                     course.outgoing[layer][:, mask].median(1).values.double().numpy()
@@ -166,14 +311,10 @@ def outgoing(courses: Courses, *, width_inches: float = WIDE) -> Figure:
                     if (mask := course.matched(layer) == is_matched).any()
                 ]
                 if lines:
-                    steps = np.maximum(whole[0].steps.numpy(), 0.7)
                     label = arm if is_matched else "_unmatched"
-                    axes.plot(steps, np.mean(lines, axis=0), style, color=color(place), label=label)
-        axes.set_title(_words(layer))
-        axes.set_xscale("log")
-        axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
-        axes.tick_params(length=0)
-        axes.set_xlabel("Step")
+                    paint, steps = color(place), _steps(whole[0].steps)
+                    axes.plot(steps, np.mean(lines, axis=0), style, color=paint, label=label)
+        _stepped(axes, _words(layer))
     panels[0].set_ylim(bottom=0)  # shared: once all lines are drawn, or their tops are cut
     drawing.legend(figure, panels, width_inches)
     return figure

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from windfall.luck import CHANCE, LaboratoryStudy
+from windfall.luck import CONSTANTS, LaboratoryStudy
 from windfall.models import UserModel
 from windfall.spec import Json, SpecError, checked, digest, merge, nearest, tag
 from windfall.study import Study
@@ -80,7 +80,7 @@ def _experimental(document: Json, given: dict[str, Any]) -> LaboratoryStudy:
         whole["contrasts"] = [
             contrast
             for contrast in whole.get("contrasts", [])
-            if contrast["arm"] in names and contrast["against"] in (*names, CHANCE)
+            if contrast["arm"] in names and contrast["against"] in (*names, *CONSTANTS)
         ]
     for path, value in given.items():
         _assign(whole, path, value)

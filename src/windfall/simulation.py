@@ -20,10 +20,10 @@ import numpy.typing as npt
 from pydantic import PositiveFloat, PositiveInt
 from scipy.special import ndtr, owens_t
 
-from windfall import seeds, teachers
+from windfall import chains, seeds, students, teachers
 from windfall.masks import Params
 from windfall.spec import FAMILY, Spec
-from windfall.teachers import Start
+from windfall.students import Start
 
 Rows = npt.NDArray[np.float64]
 _BLOCK = 256  # steps whose inputs are drawn at once; it does not change the draws
@@ -316,7 +316,7 @@ class Matrices(Spec):
 
     sizes: tuple[PositiveInt, PositiveInt, PositiveInt] = (10, 20, 30)
     multi: PositiveInt = 2
-    start: Start = teachers.Perturbed(std=0.1)
+    start: Start = students.Perturbed(std=0.1)
     expectation: Expectation = Factored()
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 0.05
@@ -354,17 +354,15 @@ def begin(settings: Matrices, seed: int) -> tuple[Network, Network]:
     """Student and teacher at step 0: unit rows, the teacher without biases."""
     num_inputs, num_nodes, num_outputs = settings.sizes
     teacher = teachers.Teacher(hidden=(num_nodes,), bias=teachers.ConstantBias(value=0), seed=seed)
-    goal = teacher.parameters(num_inputs, num_outputs)
-    student = teachers.Student(
-        hidden=teacher.hidden, multi=settings.multi, start=settings.start
-    ).parameters(goal, seed)
+    goal = teacher.parameters((num_inputs,), num_outputs)
+    student = students.Student(multi=settings.multi, start=settings.start).parameters(goal, seed)
     return _network(student), _network(goal)
 
 
 def _network(params: Params) -> Network:
     rows = [
         np.column_stack([params[f"{name}.weight"].numpy(), params[f"{name}.bias"].numpy()])
-        for name in teachers.layer_names(params)
+        for name in chains.layer_names(params)
     ]
     return Network(*map(unit, rows))
 

@@ -1,18 +1,14 @@
-"""Teachers and students: random networks to be learned, and wider ones that learn them.
+"""Teachers: random networks to be learned, whose every node is known.
 
-A teacher is a fully connected ReLU network whose rows are drawn, not trained, so everything that a
-student could find out is known. A student has `multi` times as many nodes in every hidden layer and
-begins as one of the family `Start` says. Parameters are float64 and named as those of `models.Mlp`:
+A teacher is a ReLU network whose rows are drawn, not trained, so everything that a student could
+find out is known. Parameters are float64 and named as those of `chains`:
 
     teacher = Teacher(hidden=(10, 15), seed=1)
-    goal = teacher.parameters(20, 100)         # hidden1.weight [10, 20], ..., output.bias [100]
-    student = Student(hidden=teacher.hidden, multi=5, start=Perturbed(std=0.1))
-    begun = student.parameters(goal, seed=0)   # hidden1.weight [50, 20], ...
+    goal = teacher.parameters((20,), 100)      # hidden1.weight [10, 20], ..., output.bias [100]
 """
 
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -29,43 +25,19 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from windfall import models, seeds
+from windfall import chains, seeds
+from windfall.chains import KERNEL, layer_name
+from windfall.chains import layer_names as layer_names
+from windfall.chains import layer_sizes as layer_sizes
 from windfall.masks import Params
 from windfall.spec import FAMILY, Spec, SpecError
 
 Draws = npt.NDArray[np.float64]
 VALUES = (-0.5, -0.25, 0.0, 0.25, 0.5)  # of luckmatters' `init_w`
+Layers = Literal["linear", "convolutional"]
 
 
-# -- parameters of fully connected networks --------------------------------------------------------
-
-
-def layer_names(params: Params) -> list[str]:
-    """The linear layers of a fully connected network in order: `hidden1`, ..., `output`."""
-    return [
-        name.removesuffix(".weight")
-        for name, value in params.items()
-        if name.endswith(".weight") and value.ndim == 2
-    ]
-
-
-def layer_sizes(params: Params) -> tuple[int, ...]:
-    """The number of inputs, of nodes in each hidden layer, and of outputs.
-
-    Raises:
-        ValueError: when a layer does not read as many numbers as the one below has nodes.
-    """
-    weights = [params[f"{name}.weight"] for name in layer_names(params)]
-    for name, below, above in zip(layer_names(params)[1:], weights, weights[1:], strict=False):
-        if above.shape[1] != below.shape[0]:
-            raise ValueError(
-                f"`{name}` must read the {below.shape[0]} nodes below it; got a weight of shape "
-                f"{tuple(above.shape)}."
-            )
-    return weights[0].shape[1], *(weight.shape[0] for weight in weights)
-
-
-# -- teachers --------------------------------------------------------------------------------------
+# -- rows and biases -------------------------------------------------------------------------------
 
 
 def distinct_rows(
@@ -144,17 +116,19 @@ Bias = Annotated[UniformBias | ConstantBias, FAMILY]
 
 
 class Teacher(Spec):
-    """A fully connected ReLU network of random, different nodes, linear at the output.
+    """A ReLU network of random, different nodes, linear at the output.
 
     The rows of every layer are drawn without repetition from `values`^fan_in and divided by their
     L2 norms; the weights out of node i of a hidden layer are then divided by (i + 1)^decay, so that
-    later nodes matter less. Layer l's rows and biases come from streams of their own.
+    later nodes matter less. Layer l's rows and biases come from streams of their own. A row of a
+    convolution is its kernel over all channels.
 
     Source: 1905.13405, with `recon_multilayer`'s settings as defaults; 1909.13458, whose two-layer
     teacher is `Teacher(hidden=(10,), bias=ConstantBias(), decay=1, is_output_unit=False)`.
 
     Args:
-        hidden: the sizes of the hidden layers.
+        hidden: the sizes of the hidden layers, channels of convolutions.
+        layers: `linear` ones, or `convolutional`: 3x3 without padding.
         values: what a weight may be before the division, all different.
         bias: the biases, of the output too.
         decay: the exponent of the strength, at least 0; 0 for nodes of one strength.
@@ -163,6 +137,7 @@ class Teacher(Spec):
     """
 
     hidden: tuple[PositiveInt, ...] = (10, 15, 20, 25)
+    layers: Layers = "linear"
     values: tuple[float, ...] = Field(default=VALUES, min_length=1)
     bias: Bias = UniformBias()
     decay: NonNegativeFloat = 0.0
@@ -176,27 +151,33 @@ class Teacher(Spec):
             raise ValueError(f"must all be different; got {list(values)}")
         return values
 
-    def parameters(self, num_inputs: int, num_outputs: int) -> Params:
-        """The teacher's weights [out, in] and biases [out] by name, float64.
+    def parameters(self, input_shape: tuple[int, ...], num_outputs: int) -> Params:
+        """The teacher's weights [out, in] or [out, in, 3, 3] and biases [out] by name, float64.
 
         Raises:
-            SpecError: when a layer has more nodes than there are different rows.
+            SpecError: when a layer has more nodes than there are different rows, or the inputs
+                are no images that convolutions can read.
         """
-        sizes = (num_inputs, *self.hidden, num_outputs)
-        params: Params = {}
-        for layer, (fan_in, size) in enumerate(itertools.pairwise(sizes)):
-            name = _name(layer, len(sizes) - 1)
-            weight = self._rows(name, size, fan_in, seeds.stream(self.seed, "teacher", 2 * layer))
+        try:
+            shapes = layer_shapes(self.hidden, self.layers, input_shape, num_outputs)
+        except ValueError as problem:
+            raise SpecError(str(problem)) from None
+        params, below = Params(), 0
+        for layer, (name, shape) in enumerate(shapes.items()):
+            stream = seeds.stream(self.seed, "teacher", 2 * layer)
+            weight = self._rows(name, shape[0], math.prod(shape[1:]), stream)
             norms = weight.norm(dim=1)
             if name == "output" and not self.is_output_unit:
                 norms = torch.ones_like(norms)
             weight = weight / norms[:, None]
             if layer > 0 and self.decay:
-                weight = weight / torch.arange(1, fan_in + 1, dtype=weight.dtype) ** self.decay
-            params[f"{name}.weight"] = weight
-            params[f"{name}.bias"] = self.bias.draw(
-                norms, seeds.stream(self.seed, "teacher", 2 * layer + 1)
-            )
+                places = torch.arange(1, below + 1, dtype=weight.dtype)
+                strength = places.repeat_interleave(weight.shape[1] // below) ** self.decay
+                weight = weight / strength
+            params[f"{name}.weight"] = weight.reshape(shape)
+            stream = seeds.stream(self.seed, "teacher", 2 * layer + 1)
+            params[f"{name}.bias"] = self.bias.draw(norms, stream)
+            below = shape[0]
         return params
 
     def _rows(self, name: str, size: int, fan_in: int, stream: np.random.Generator) -> Tensor:
@@ -206,205 +187,26 @@ class Teacher(Spec):
             raise SpecError(f"{str(problem).removesuffix('.')} (layer `{name}`).") from None
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """The network, its layers `hidden1`, ..., `output`, with the teacher's parameters.
-
-        They are rounded to the default dtype.
-        """
-        network = models.Mlp(hidden=self.hidden).build(input_shape, num_classes)
-        network.load_state_dict(self.parameters(math.prod(input_shape), num_classes))
-        return network
+        """The network with the teacher's parameters, rounded to the default dtype."""
+        params = self.parameters(input_shape, num_classes)
+        return chains.build({name: value.float() for name, value in params.items()})
 
 
-def _name(layer: int, num_layers: int) -> str:
-    return "output" if layer == num_layers - 1 else f"hidden{layer + 1}"
+def layer_shapes(
+    hidden: tuple[int, ...], layers: Layers, input_shape: tuple[int, ...], num_outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every layer's weight by its name.
 
-
-# -- starts ----------------------------------------------------------------------------------------
-
-
-class TorchUniform(Spec):
-    """Weights and biases uniform on ±1/sqrt(fan_in), as `nn.Linear` begins."""
-
-    def place(self, drawn: Params, goal: Params, seed: int) -> Params:  # noqa: ARG002
-        """The student's parameters, from `nn.Linear`'s and the teacher's."""
-        return drawn
-
-
-class Gaussian(Spec):
-    """Weights N(0, std²), biases 0.
-
-    Source: 1909.13458, `recon_two_layer.init` (its student scale .005).
+    Raises:
+        ValueError: when the inputs are no images, or too small for so many convolutions.
     """
-
-    std: NonNegativeFloat = 0.005
-
-    def place(self, drawn: Params, goal: Params, seed: int) -> Params:  # noqa: ARG002
-        """The student's parameters, from `nn.Linear`'s and the teacher's."""
-        noise = _gaussian(drawn, seed, self.std)
-        return {
-            name: noise[name] if name.endswith(".weight") else torch.zeros_like(value)
-            for name, value in drawn.items()
-        }
-
-
-class Perturbed(Spec):
-    """The teacher on the first nodes of every layer, plus N(0, std²) on all weights and biases.
-
-    What joins the teacher's nodes to others, and the other nodes, are noise alone.
-
-    Source: luckmatters, `test_multilayer --perturb`; `model_gen.set_teacher` where `multi` is 1.
-    """
-
-    std: NonNegativeFloat = 0.1
-
-    def place(self, drawn: Params, goal: Params, seed: int) -> Params:
-        """The student's parameters, from `nn.Linear`'s and the teacher's."""
-        params = _gaussian(drawn, seed, self.std)
-        for name, value in goal.items():
-            params[name][_block(value)] += value
-        return params
-
-
-class SameDirection(Spec):
-    """As `nn.Linear` begins, but the first nodes point where the teacher's do.
-
-    Of each layer, the weights between the first nodes are the teacher's, scaled to the L2 norm that
-    was drawn for them; the biases of those nodes are the teacher's by the same factor.
-
-    Source: luckmatters, `model_gen.set_same_dir`, which has no other nodes.
-    """
-
-    def place(self, drawn: Params, goal: Params, seed: int) -> Params:  # noqa: ARG002
-        """The student's parameters, from `nn.Linear`'s and the teacher's."""
-        params = {name: value.clone() for name, value in drawn.items()}
-        for name, value in goal.items():
-            weight = name.rpartition(".")[0] + ".weight"
-            factor = drawn[weight][_block(goal[weight])].norm() / goal[weight].norm()
-            params[name][_block(value)] = value * factor
-        return params
-
-
-class SameSign(Spec):
-    """As `nn.Linear` begins, but with the teacher's signs between the first nodes.
-
-    Where the teacher has 0, and on all other nodes, what was drawn stays.
-
-    Source: luckmatters, `model_gen.set_same_sign`, which has no other nodes.
-    """
-
-    def place(self, drawn: Params, goal: Params, seed: int) -> Params:  # noqa: ARG002
-        """The student's parameters, from `nn.Linear`'s and the teacher's."""
-        params = {name: value.clone() for name, value in drawn.items()}
-        for name, value in goal.items():
-            block = params[name][_block(value)]
-            block.copy_(torch.where(block * value < 0, -block, block))
-        return params
-
-
-Start = Annotated[TorchUniform | Gaussian | Perturbed | SameDirection | SameSign, FAMILY]
-
-
-def _block(goal: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in goal.shape)
-
-
-def _gaussian(like: Params, seed: int, std: float) -> Params:
-    streams = [seeds.stream(seed, "student-noise", place) for place in range(len(like))]
-    return {
-        name: torch.from_numpy(std * stream.standard_normal(tuple(value.shape)))
-        for (name, value), stream in zip(like.items(), streams, strict=True)
-    }
-
-
-def _torch_uniform(sizes: tuple[int, ...], seed: int) -> Params:
-    params: Params = {}
-    for layer, (fan_in, size) in enumerate(itertools.pairwise(sizes)):
-        name, bound = _name(layer, len(sizes) - 1), 1 / math.sqrt(fan_in)
-        for place, (kind, shape) in enumerate((("weight", (size, fan_in)), ("bias", (size,)))):
-            draws = seeds.stream(seed, "student", 2 * layer + place).uniform(-bound, bound, shape)
-            params[f"{name}.{kind}"] = torch.from_numpy(draws)
-    return params
-
-
-# -- students --------------------------------------------------------------------------------------
-
-
-class Student(Spec):
-    """A fully connected ReLU network `multi` times as wide as its teacher.
-
-    Source: 1905.13405; luckmatters, `model_gen.Model`.
-
-    Args:
-        hidden: the sizes of the teacher's hidden layers.
-        multi: student nodes for each teacher node, at least 1.
-        norm: BatchNorm of every hidden layer `before` or `after` its ReLU, or `none`.
-        start: how its weights begin.
-    """
-
-    hidden: tuple[PositiveInt, ...] = (10, 15, 20, 25)
-    multi: PositiveInt = 10
-    norm: Literal["none", "before", "after"] = "none"
-    start: Start = TorchUniform()
-
-    def parameters(self, goal: Params, seed: int) -> Params:
-        """The student's parameters at the start, float64, BatchNorm's (1 and 0) among them.
-
-        Args:
-            goal: the teacher's parameters.
-            seed: the run's seed, at least 0.
-
-        Raises:
-            SpecError: when the teacher's hidden layers have other sizes.
-        """
-        sizes = layer_sizes(goal)
-        if sizes[1:-1] != self.hidden:
-            raise SpecError(
-                f"`hidden` must be the teacher's, {list(sizes[1:-1])}; got {list(self.hidden)}."
-            )
-        sizes = sizes[0], *(self.multi * size for size in self.hidden), sizes[-1]
-        params = self.start.place(_torch_uniform(sizes, seed), goal, seed)
-        if self.norm != "none":
-            for layer, size in enumerate(sizes[1:-1], start=1):
-                params[f"hidden{layer}_norm.weight"] = torch.ones(size, dtype=torch.float64)
-                params[f"hidden{layer}_norm.bias"] = torch.zeros(size, dtype=torch.float64)
-        return params
-
-    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """The network, its layers `hidden1`, `hidden1_norm`, ..., `output`, as torch makes it."""
-        parts: dict[str, nn.Module] = {"flatten": nn.Flatten()}
-        num_features = math.prod(input_shape)
-        for layer, size in enumerate(self.hidden, start=1):
-            wide, name = self.multi * size, f"hidden{layer}"
-            parts[name] = nn.Linear(num_features, wide)
-            if self.norm == "before":
-                parts[f"{name}_norm"] = nn.BatchNorm1d(wide)
-            parts[f"{name}_relu"] = nn.ReLU()
-            if self.norm == "after":
-                parts[f"{name}_norm"] = nn.BatchNorm1d(wide)
-            num_features = wide
-        parts["output"] = nn.Linear(num_features, num_classes)
-        return nn.Sequential(OrderedDict(parts))
-
-
-def nodes(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """What the nodes of every hidden layer give to the layer above, with BatchNorm where it is.
-
-    One forward pass without gradients, in the mode that the network is in.
-
-    Args:
-        network: a teacher's or a student's.
-        inputs: [sample, ...].
-
-    Returns:
-        [sample, node] by the hidden layer's name.
-    """
-    found: dict[str, Tensor] = {}
-    layer, values = "", inputs
-    with torch.no_grad():
-        for name, part in network.named_children():
-            if isinstance(part, nn.Linear):
-                found[layer] = values
-                layer = name
-            values = part(values)
-    found.pop("", None)
-    return found
+    shapes: list[tuple[int, ...]]
+    if layers == "linear":
+        sizes = (math.prod(input_shape), *hidden, num_outputs)
+        shapes = [(made, reads) for reads, made in itertools.pairwise(sizes)]
+    else:
+        num_positions = chains.positions(input_shape, len(hidden))
+        channels = (input_shape[0], *hidden)
+        shapes = [(made, reads, KERNEL, KERNEL) for reads, made in itertools.pairwise(channels)]
+        shapes.append((num_outputs, channels[-1] * num_positions))
+    return {layer_name(layer, len(shapes)): shape for layer, shape in enumerate(shapes)}

@@ -13,7 +13,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from windfall import costs, courses, exhibit, exports, overview, patterns, tables
+from windfall import (
+    costs,
+    courses,
+    exhibit,
+    experiments,
+    exports,
+    overview,
+    patterns,
+    tables,
+    weights,
+    words,
+)
 from windfall.execute import Watch, execute, num_cores, pick_device
 from windfall.exports import Export
 from windfall.findings import Findings
@@ -110,8 +121,11 @@ def _experimented(
     study: LaboratoryStudy, lab: Lab, begun: float, workers: int, watch: Watch | None
 ) -> Result:
     """Train what a study of the laboratory lacks, on the CPU."""
-    places, experiments = study.places(), study.experiments()
-    wanted = {name: (experiments[arm], seed) for (arm, seed), name in places.items()}
+    places, each = study.places(), study.experiments()
+    for arm, experiment in each.items():
+        with naming(arm):
+            experiments.check(experiment)
+    wanted = {name: (each[arm], seed) for (arm, seed), name in places.items()}
     with _watching(study.name, watch) as shown:
         trained, failures = courses.execute(lab, wanted, workers=workers, watch=shown)
     page = lab.folder / f"{study.name}.html"
@@ -267,7 +281,8 @@ def plan(
     known = Lab(folder, readonly=True) if folder.exists() else None
     if isinstance(chosen, LaboratoryStudy):
         stored = known and functools.partial(courses.is_stored, known)
-        return exhibit.planned(chosen, stored or (lambda _: False))
+        pace, num = courses.seconds, workers or num_cores()
+        return exhibit.planned(chosen, stored or (lambda _: False), pace, num)
     plans, before = dict[str, Json](), set[str]()
     for case, each in _cases(chosen).items():
         graph = _expanded(case, each)
@@ -400,11 +415,38 @@ def export(
     return exports.export(place, best["winner"], output)
 
 
+def biases(which: str | Path, *, lab: str | Path | None = None) -> Json:
+    """How many of a network's BatchNorm biases are negative, layer by layer.
+
+    Of a run also what each ReLU passes of the validation part's inputs.
+
+    Args:
+        which: a file of tensors by name (.safetensors, .pt, .pth); one of `weights.PRETRAINED`; or
+            the beginning of a finished run's address.
+        lab: as in `run`.
+
+    Returns:
+        What `weights.Found.document` tells, and the `answer` in words.
+    """
+    found = weights.named(which)
+    if found is None:
+        place = Lab(lab_folder(lab), readonly=True)
+        others = "a file of tensors, or a network that torchvision has trained"
+        found = weights.trained(place, _address(place, str(which), others, weights.PRETRAINED))
+    told = found.document()
+    return told | {"answer": words.biases(told)}
+
+
 def _names_study(which: str) -> bool:
     return which in bundled() or Path(which).suffix == ".toml"
 
 
-def _address(lab: Lab, prefix: str) -> str:
+def _address(
+    lab: Lab,
+    prefix: str,
+    others: str = "the name or .toml file of a study",
+    known: Iterable[str] | None = None,
+) -> str:
     """The address of the one finished run that begins with a prefix."""
     found = lab.matching(prefix) if prefix else []
     if len(found) == 1:
@@ -416,6 +458,6 @@ def _address(lab: Lab, prefix: str) -> str:
             f"{', ...' if len(found) > 5 else ''}. Give more of it."
         )
     raise SpecError(
-        f"RUN must be the beginning of a finished run's address in the lab {lab.folder}, or the"
-        f" name or .toml file of a study; got {prefix!r}.{nearest(prefix, bundled())}"
+        f"RUN must be the beginning of a finished run's address in the lab {lab.folder}, or"
+        f" {others}; got {prefix!r}.{nearest(prefix, [*(known or bundled())])}"
     )

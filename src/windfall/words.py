@@ -63,6 +63,28 @@ def _beside(estimated: float, taken: float | None) -> str:
     return f"{told}, measured {duration(taken)} ({taken / estimated:.2f})"
 
 
+def biases(document: Json) -> list[str]:
+    """What a network's BatchNorm biases are, and what its ReLUs pass, as sentences."""
+    whole, shares, layers = document["all"], document["summary"], len(document["layers"])
+    most = "Most" if whole["negative"] > 0.5 else "At most half of the"
+    zero = f", {whole['num_zero']:,} of exactly 0 not among them" if whole["num_zero"] else ""
+    told = [
+        f"{most} BatchNorm biases are negative: {percent(whole['negative'])} of"
+        f" {whole['num_biases']:,}{_in_halves(shares, 'negative', layers, 'layers')}{zero}."
+    ]
+    if "passes" in shares:
+        halves = _in_halves(shares, "passes", len(document["relus"]), "ReLUs")
+        told.append(f"Its ReLUs pass {percent(shares['passes'])} of what they read{halves}.")
+    return told
+
+
+def _in_halves(shares: Json, name: str, number: int, what: str) -> str:
+    if f"{name}/upper" not in shares:
+        return ""
+    lower, upper = (percent(shares[f"{name}/{half}"]) for half in ("lower", "upper"))
+    return f", {lower} in the lower half of its {number} {what} and {upper} in the upper"
+
+
 def metric_name(metric: str) -> str:
     """What a metric is called in sentences."""
     name, _, layer = metric.partition("/")

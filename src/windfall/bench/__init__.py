@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import validate_call
 from rich.table import Table
 
-from windfall.bench import overhead, process, replicas, roofline, shrink, step, study
+from windfall.bench import luck, overhead, process, replicas, roofline, shrink, step, study
 from windfall.spec import Json, SpecError, checked, nearest
 
 BENCHMARKS: dict[str, Callable[..., Json]] = {
@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[..., Json]] = {
     "roofline": roofline.measure,
     "process": process.measure,
     "shrink": shrink.measure,
+    "luck": luck.measure,
 }
 TABLES: dict[str, Callable[[Json], Table]] = {
     "overhead": overhead.render,
@@ -36,6 +37,7 @@ TABLES: dict[str, Callable[[Json], Table]] = {
     "roofline": roofline.render,
     "process": process.render,
     "shrink": shrink.render,
+    "luck": luck.render,
 }
 
 

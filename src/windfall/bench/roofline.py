@@ -53,11 +53,16 @@ def _rate(work: float, call: Callable[[], Any], seconds: float) -> float:
     return work / best
 
 
-def _peaks(seconds: float) -> Json:
-    arithmetic = {
+def products(seconds: float) -> dict[str, float]:
+    """The most FLOP/s of a product of float32 matrices, by library, in so many seconds a size."""
+    return {
         "torch": max(_rate(2 * side**3, _torch_product(side), seconds) for side in SIDES),
         "numpy": max(_rate(2 * side**3, _numpy_product(side), seconds) for side in SIDES),
     }
+
+
+def _peaks(seconds: float) -> Json:
+    arithmetic = products(seconds)
     arithmetic["registers"] = _rate(2 * CHAINS * LANES * TURNS, _chained(), seconds)
     caches = cache_bytes()
     sizes = {  # half a cache: the rest of it is others'

@@ -15,7 +15,7 @@ import torch
 
 from windfall.spec import Json
 
-JOBS = {name: f"windfall.bench.{name}" for name in ("step", "replicas", "study", "process")}
+JOBS = {name: f"windfall.bench.{name}" for name in ("step", "replicas", "study", "process", "luck")}
 JOBS["peaks"] = "windfall.bench.roofline"
 
 
