@@ -19,6 +19,8 @@ from windfall.luck import LaboratoryStudy
 from windfall.measures import Readings
 from windfall.spec import Json
 
+HALVES = ("lower", "upper")  # of a network, which are no layers
+DEEP = 6  # layers from which on a curve over them says more than a panel each
 FRAMES = 40  # of an animation: more than the eye needs
 POWER = 4  # of correlations as weights: a student at 1 sits on its teacher, not between all
 
@@ -32,7 +34,8 @@ def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
     first = courses.get((widest, 0)) if widest else None
     figures = dict(_figures(grouped, widest, first))
     if readings:
-        figures["readings"] = _both(functools.partial(portraits.readings, _by_arm(readings)))
+        decided = {row["metric"] for row in document["verdicts"]}
+        figures |= _read(_by_arm(readings), decided)
     layers = first.layers if first else []
     return page.template("laboratory").render(
         document=document,
@@ -85,6 +88,24 @@ def _figures(
     if first.couplings:
         draws.append(("couplings", functools.partial(portraits.couplings, grouped[widest])))
     return [(name, _both(draw)) for name, draw in draws]
+
+
+def _read(
+    found: Mapping[str, Sequence[Readings]], decided: set[str]
+) -> dict[str, tuple[Markup, Markup]]:
+    """Figures of what was read: on the way, the whole network's; at the end, layer by layer."""
+    names = list(dict.fromkeys(n for each in found.values() for one in each for n in one.values))
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind, slash, place = name.partition("/")
+        if slash and place not in HALVES:
+            kinds.setdefault(kind, []).append(name)
+    deep = {kind: each for kind, each in kinds.items() if len(each) >= DEEP}
+    chosen = [n for n in names if "/" not in n or n in decided or n.partition("/")[2] in HALVES]
+    drawn = {"readings": _both(functools.partial(portraits.readings, found, chosen))}
+    if deep:
+        drawn["profiles"] = _both(functools.partial(portraits.profiles, found, deep))
+    return drawn
 
 
 def _both(draw: Callable[..., Figure]) -> tuple[Markup, Markup]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from windfall.course import Course
+from windfall.course import Course, ordered
 from windfall.dynamics import THRESHOLDS
 from windfall.masks import Params
 
@@ -42,7 +42,7 @@ class Readings:
     def restored(cls, tensors: Params, *, diverged: bool) -> "Readings":
         """The readings that `tensors` describe."""
         kept = {n.removeprefix("values/"): v for n, v in tensors.items() if n != "steps"}
-        return cls(tensors["steps"], kept, diverged)
+        return cls(tensors["steps"], ordered(kept), diverged)
 
 
 Outcome = Course | Readings

@@ -31,11 +31,13 @@ def color(place: int) -> str:
     return COLORS[_ARMS[place % len(_ARMS)]]
 
 
-def _panels(num: int, width_inches: float, height: float) -> tuple[Figure, list[Axes]]:
+def _panels(
+    num: int, width_inches: float, height: float, *, is_shared: bool = True
+) -> tuple[Figure, list[Axes]]:
     columns = min(num, 4 if width_inches > NARROW else 2)
     rows = -(-num // columns)
     figure = Figure(figsize=(width_inches, 0.5 + rows * height), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=is_shared).ravel()
     for axes in panels[num:]:
         axes.set_axis_off()
     return figure, list(panels[:num])
@@ -194,29 +196,53 @@ def couplings(courses: Sequence[Course], *, width_inches: float = WIDE) -> Figur
     return figure
 
 
+Found = Mapping[str, Sequence[Readings]]
+
+
 @drawing.styled
-def readings(found: Mapping[str, Sequence[Readings]], *, width_inches: float = WIDE) -> Figure:
-    """Every reading by step, a panel each and a line for each arm.
+def readings(found: Found, names: Sequence[str], *, width_inches: float = WIDE) -> Figure:
+    """Readings by step, a panel each and a line for each arm.
 
     Args:
         found: of every arm, one a seed.
+        names: of the readings.
         width_inches: of the figure.
     """
-    names = list(dict.fromkeys(n for each in found.values() for one in each for n in one.values))
-    columns = 3 if width_inches > NARROW else 2
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(width_inches, 0.5 + 1.5 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for name, axes in zip(names, panels, strict=False):
+    figure, panels = _panels(len(names), width_inches, 1.6, is_shared=False)
+    for name, axes in zip(names, panels, strict=True):
         for place, (arm, each) in enumerate(found.items()):
             whole = [one for one in _whole(each) if name in one.values]
             if whole:
                 values = [one.values[name] for one in whole]
                 _band(axes, _steps(whole[0].steps), values, color(place), arm)
         _stepped(axes, name)
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    drawing.legend(figure, panels[: len(names)], width_inches)
+    drawing.legend(figure, panels, width_inches)
+    return figure
+
+
+@drawing.styled
+def profiles(
+    found: Found, kinds: Mapping[str, Sequence[str]], *, width_inches: float = WIDE
+) -> Figure:
+    """Readings at the end by layer, the lowest at the left: a panel for each kind.
+
+    Args:
+        found: of every arm, one a seed.
+        kinds: the readings of each kind, layer by layer.
+        width_inches: of the figure.
+    """
+    figure = Figure(figsize=(width_inches, 2.4), layout="constrained")
+    panels = list(figure.subplots(1, len(kinds), squeeze=False).ravel())
+    for (kind, names), axes in zip(kinds.items(), panels, strict=True):
+        for place, (arm, each) in enumerate(found.items()):
+            values = [torch.stack([one.values[n][-1] for n in names]) for one in _whole(each)]
+            _band(axes, np.arange(1, len(names) + 1), values, color(place), arm, "o-")
+        axes.set_title(kind)
+        axes.set_xlabel("Place in the network")
+        axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
+        axes.tick_params(length=0)
+        axes.set_ylim(0, 1)
+    drawing.legend(figure, panels, width_inches)
     return figure
 
 
