@@ -98,7 +98,14 @@ def test_the_slowest_process_counts_and_measuring_is_added():
     course = Course(steps=10, looks=3, rare_looks=2, flops=600.0)
     slow = {"beginning": 1.0, "step": 2.0, "look": 1.0, "rare_look": 2.0}
     fast = {"beginning": 0.5, "step": 1.0, "look": 1.0, "rare_look": 2.0}
-    found = Round({"step": 4.0}, [fast, slow], [{"flops": 60.0}, {"flops": 40.0}])
+    found = Round(
+        {"step": 4.0},
+        [fast, slow],
+        [
+            {"flops": 60.0, "sustained": 50.0},
+            {"flops": 40.0, "sustained": 30.0},
+        ],
+    )
     assert course.seconds(found) == {PLAIN: 40.0, OURS: 21.0, MEASURED: 28.0}
     told = luck.summary(course, 5, [found])
     rows = {row["side"]: row for row in told["rows"]}
@@ -113,6 +120,7 @@ def test_the_slowest_process_counts_and_measuring_is_added():
     assert medians("flops_per_second") == pytest.approx(rates)
     assert told["peak_flops_per_second"]["median"] == 100.0
     assert medians("fraction_of_peak") == pytest.approx([rate / 100 for rate in rates])
+    assert medians("fraction_of_sustained") == pytest.approx([rate / 80 for rate in rates])
     assert medians("speedup") == pytest.approx([1.0, 200 / 63, 200 / 84])
     assert told["measuring_share"]["median"] == pytest.approx(7 / 28)
 
@@ -122,6 +130,14 @@ def test_products_are_timed_by_library(monkeypatch):
     monkeypatch.setattr(roofline, "_rate", lambda work, call, seconds: (call(), work + seconds)[1])
     with quiet_machine():
         assert roofline.products(0.5) == {"torch": 2 * 16**3 + 0.5, "numpy": 2 * 16**3 + 0.5}
+
+
+def test_sustained_products_are_about_as_much_work(monkeypatch):
+    monkeypatch.setattr(roofline, "SIDE", 8)
+    calls = []
+    monkeypatch.setattr(roofline, "_torch_product", lambda side: lambda: calls.append(side))
+    assert roofline.sustained(5.2 * 2 * 8**3) > 0
+    assert calls == [8] * 5
 
 
 # -- the benchmark ---------------------------------------------------------------------------------

@@ -225,8 +225,29 @@ def test_a_ticket_has_its_winners_initial_weights_and_others_other_ones():
         assert all(torch.equal(training.params[name].detach(), params[name]) for name in params)
     ticket = whole.model_copy(update={"subset": Subset()})
     assert experiments.parent(ticket) == whole
-    sizes = {layer: rho.shape[1] for layer, rho in ticket.course(seed).last.items()}
+    course = ticket.course(seed)
+    for layer, found in won.items():
+        before = dynamics.winners(grown.last[layer])
+        assert torch.equal(found[course.heirs[layer]], before)
+        same = found[dynamics.winners(course.last[layer])] == before
+        expected = float(same[~course.dead[layer]].double().mean())
+        assert measures.measured(course, f"again/{layer}") == pytest.approx(expected)
+        assert f"again/{layer}" in experiments.metrics(ticket)
+        assert f"again/{layer}" not in experiments.metrics(whole)
+    sizes = {layer: rho.shape[1] for layer, rho in course.last.items()}
     assert sizes == {layer: len(found) for layer, found in won.items()}
+
+
+def test_a_winner_that_is_not_kept_has_no_heir():
+    whole, other = small(steps=20), small(steps=20, subset=Subset(keep="random"))
+    grown, course = whole.course(0), other.course(0)
+    kept = other.subset.kept(
+        {n: grown.winners(n) for n in grown.layers}, {"hidden1": 6, "hidden2": 8}, 0
+    )
+    for layer in grown.layers:
+        places = {node: place for place, node in enumerate(kept[layer].tolist())}
+        expected = [places.get(int(node), -1) for node in dynamics.winners(grown.last[layer])]
+        assert course.heirs[layer].tolist() == expected
 
 
 def test_dead_teacher_nodes_win_nobody():

@@ -56,7 +56,7 @@ class Look:
 _LOOKED = ("rho", "incoming", "outgoing", "gradient", "couplings", "params")
 _BY_NAME = (
     "best", "incoming", "outgoing", "gradient", "first", "last", "dead", "couplings", "params",
-    "snapshots",
+    "snapshots", "heirs",
 )  # fmt: skip
 
 
@@ -83,6 +83,8 @@ class Course:
             node's row of H, H*, beta, beta*, L or L*, [time', student node].
         params: the student's parameters at the last step.
         snapshots: those of earlier steps, by `STEP/NAME`.
+        heirs: of a student that is a subset of another, by hidden layer, the node that won each
+            teacher node there, [teacher node]; -1 where it was not kept. Else empty.
         diverged: True when the loss was NaN or infinite at the last step measured.
     """
 
@@ -100,6 +102,7 @@ class Course:
     couplings: Params = field(default_factory=Params)
     params: Params = field(default_factory=Params)
     snapshots: Params = field(default_factory=Params)
+    heirs: Params = field(default_factory=Params)
     diverged: bool = False
 
     @property
@@ -134,6 +137,11 @@ class Course:
     def winners(self, layer: str) -> Tensor:
         """The student node that each teacher node ends best correlated with, living ones alone."""
         return dynamics.winners(self.last[layer])[~self.dead[layer]]
+
+    def again(self, layer: str) -> Tensor:
+        """Which living teacher nodes the same node won as before the student was pruned."""
+        same = dynamics.winners(self.last[layer]) == self.heirs[layer]
+        return same[~self.dead[layer]]
 
     def ranks(self, layer: str) -> Tensor:
         """The winners' places at the start, [teacher node that is alive]; see `dynamics.ranks`."""
@@ -190,13 +198,16 @@ def _parts(tensors: Params, kinds: Iterable[str]) -> dict[str, Params]:
     return parts
 
 
-def gathered(looks: list[Look], dead: Params, params: Params, *, diverged: bool) -> Course:
+def gathered(
+    looks: list[Look], dead: Params, params: Params, heirs: Params, *, diverged: bool
+) -> Course:
     """The course of these measurements.
 
     Args:
         looks: in their order, one or more.
         dead: see `Course`.
         params: see `Course`.
+        heirs: see `Course`.
         diverged: see `Course`.
     """
     first, last = looks[0], looks[-1]
@@ -226,6 +237,7 @@ def gathered(looks: list[Look], dead: Params, params: Params, *, diverged: bool)
         snapshots={
             f"{look.step}/{name}": value for look in looks for name, value in look.params.items()
         },
+        heirs=heirs,
         diverged=diverged,
     )
 

@@ -104,7 +104,7 @@ def metrics(experiment: AnyExperiment) -> list[str]:
     if isinstance(experiment, Flatness | Biases):
         return experiment.metrics()
     if isinstance(experiment, Laboratory):
-        return measures.metrics(experiment.layers)
+        return measures.metrics(experiment.layers, is_subset=experiment.subset is not None)
     return [name for name in measures.metrics(["hidden1"]) if name not in measures.SCORED[1:]]
 
 

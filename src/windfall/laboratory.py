@@ -236,7 +236,13 @@ class Training:
         goal = settings.goal(seed)
         self.goal: Params = {name: value.to(dtype) for name, value in goal.items()}
         self.num_outputs = len(goal["output.bias"])
-        begun = state.params if state else beginning(settings, goal, seed, parent)
+        self.heirs: Params = {}
+        begun = state.params if state else settings.student.parameters(goal, seed)
+        if settings.subset:
+            assert parent is not None, "a subset is pruned from a student that was trained"
+            kept = survivors(settings, seed, parent)
+            self.heirs = {n: _places(kept[n], dynamics.winners(parent.last[n])) for n in kept}
+            begun = state.params if state else inherited(settings, goal, seed, parent, kept)
         begun = {n: v.to(dtype) if v.is_floating_point() else v for n, v in begun.items()}
         self.network = chains.build(begun, settings.student.norm)
         self.params: Params = dict(self.network.state_dict(keep_vars=True))
@@ -383,7 +389,7 @@ class Training:
                 pulse(self.step, self.state)
         dead = {name: dynamics.dead(seen) for name, seen in self.seen.items()}
         diverged = not bool(self.looks[-1].scores[0].isfinite())
-        return gathered(self.looks, dead, self.state().params, diverged=diverged)
+        return gathered(self.looks, dead, self.state().params, self.heirs, diverged=diverged)
 
 
 def _copied(params: Params) -> Params:
@@ -391,16 +397,13 @@ def _copied(params: Params) -> Params:
     return {n: value.detach().clone(memory_format=layout) for n, value in params.items()}
 
 
-def beginning(settings: Laboratory, goal: Params, seed: int, parent: Course | None) -> Params:
-    """The student's parameters at the start, float64, those of a subset from its parent's course.
+def survivors(settings: Laboratory, seed: int, parent: Course) -> dict[str, Tensor]:
+    """The nodes of the parent's student that the subset keeps, by hidden layer.
 
     Raises:
         SpecError: when the parent diverged, so that it has no winners.
     """
-    student, subset = settings.student, settings.subset
-    if subset is None:
-        return student.parameters(goal, seed)
-    assert parent is not None, "a subset is pruned from a student that was trained"
+    assert settings.subset is not None
     if parent.diverged:
         raise SpecError(
             f"`learning_rate` must be one that the student to prune converges with; got"
@@ -408,7 +411,20 @@ def beginning(settings: Laboratory, goal: Params, seed: int, parent: Course | No
         )
     won = {layer: parent.winners(layer) for layer in parent.layers}
     sizes = {layer: rho.shape[1] for layer, rho in parent.last.items()}
-    is_final = subset.weights == "final"
-    redrawn = subset.weights == "redrawn"
-    params = parent.params if is_final else student.parameters(goal, seed, redrawn=redrawn)
-    return chains.restricted(params, subset.kept(won, sizes, seed))
+    return settings.subset.kept(won, sizes, seed)
+
+
+def inherited(
+    settings: Laboratory, goal: Params, seed: int, parent: Course, kept: dict[str, Tensor]
+) -> Params:
+    """The parameters that a subset begins with, float64 or the parent's own."""
+    assert settings.subset is not None
+    weights = settings.subset.weights
+    drawn = settings.student.parameters(goal, seed, redrawn=weights == "redrawn")
+    return chains.restricted(parent.params if weights == "final" else drawn, kept)
+
+
+def _places(kept: Tensor, nodes: Tensor) -> Tensor:
+    """Where nodes stand among those that were kept; -1 where they were not."""
+    found = (nodes[:, None] == kept).long()
+    return torch.where(found.any(1), found.argmax(1), -1)

@@ -54,12 +54,12 @@ def outcome(tensors: Params, *, diverged: bool) -> Outcome:
     return kind.restored(tensors, diverged=diverged)
 
 
-def metrics(layers: Sequence[str]) -> list[str]:
-    """The names of all metrics of a course with these hidden layers."""
-    thresholds = [f"covered@{t:g}" for t in THRESHOLDS if t != COVERED]
-    return ["alignment", "early-alignment", *SCORED] + [
-        f"{kind}/{layer}" for layer in layers for kind in (*OF_LAYERS, *thresholds)
-    ]
+def metrics(layers: Sequence[str], *, is_subset: bool = False) -> list[str]:
+    """The names of all metrics of a course with these hidden layers, of a pruned student or not."""
+    kinds = [*OF_LAYERS, *(f"covered@{t:g}" for t in THRESHOLDS if t != COVERED)]
+    kinds += ["again"] if is_subset else []
+    own = [f"{kind}/{layer}" for layer in layers for kind in kinds]
+    return ["alignment", "early-alignment", *SCORED, *own]
 
 
 def measured(found: Outcome, metric: str, *, living: bool = False) -> float:
@@ -75,6 +75,8 @@ def measured(found: Outcome, metric: str, *, living: bool = False) -> float:
     - `rank/LAYER`: the mean over teacher nodes that are alive of the share of student nodes that
       were ahead of the final winner at the start, in [0, 1]; .5 is chance.
     - `winners/LAYER`: different student nodes that win, for each teacher node that is alive.
+    - `again/LAYER`: of a student that was pruned, the share of living teacher nodes that are won by
+      the node that had won them in the whole student; chance gives one over its nodes.
     - `fading/LAYER`: the median outgoing norm of student nodes that match no teacher node (.9) over
       that of those that do, in [0, ...); 1 where either kind is missing.
     - `spread/LAYER`: over how many of the student's nodes its strength is spread, in [1/n, 1]: with
@@ -102,6 +104,9 @@ def measured(found: Outcome, metric: str, *, living: bool = False) -> float:
         return float(found.covered(layer, threshold, living=living)[time])
     if kind == "spread":
         return _spread(found, layer, time)
+    if kind == "again":
+        same = found.again(layer)
+        return float(same.double().mean()) if len(same) and not found.diverged else 0.0
     if kind == "winners":
         won = found.winners(layer)
         return len(won.unique()) / len(won) if len(won) else 0.0

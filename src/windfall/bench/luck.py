@@ -192,7 +192,8 @@ def _plain(message: Json) -> Json:
 
 
 def _peak(message: Json) -> Json:
-    return {"flops": max(roofline.products(message["seconds"]).values())}
+    best = max(roofline.products(message["seconds"]).values())
+    return {"flops": best, "sustained": roofline.sustained(message["flops"])}
 
 
 WORK: dict[str, Callable[[Json], Json]] = {"plain": _plain, "ours": _ours, "peak": _peak}
@@ -288,10 +289,11 @@ def measure(
     Returns:
         machine; settings; goals; flops_per_step and flops, of all trainings; looks and rare_looks
         of a training, the latter with couplings; difference of both sides' weights after two steps;
-        peak_flops_per_second; look_seconds, rare_look_seconds, beginning_seconds and
-        measuring_share; and rows, of the yardstick and of Windfall without and with measuring:
-        at_once, the trainings at a time; step_seconds, of a whole training over its steps;
-        trainings_seconds; flops_per_second; fraction_of_peak; speedup, in the seconds of all
+        peak_flops_per_second; sustained_flops_per_second; look_seconds, rare_look_seconds,
+        beginning_seconds and measuring_share; and rows, of the yardstick and of Windfall without
+        and with measuring: at_once, the trainings at a time; step_seconds, of a whole training over
+        its steps; trainings_seconds; flops_per_second; fraction_of_peak, the best call of products, and
+        fraction_of_sustained, their mean over as much work; speedup, in the seconds of all
         trainings.
 
     Raises:
@@ -347,11 +349,12 @@ def _rounds(
         crew = stack.enter_context(Crew("luck", num_cores(), 1))
 
         def one(steps: int, seconds: float, first: int) -> Round:
+            flops = training_flops(experiment) / experiment.steps * steps
             each = [asked(steps) | {"work": "ours", "seed": seed} for seed in range(num_cores())]
             work: dict[str, Callable[[], list[Json]]] = {
                 "plain": lambda: alone.ask(asked(steps) | {"work": "plain", "seed": 0}),
                 "ours": lambda: crew.ask(*each),
-                "peak": lambda: crew.ask({"work": "peak", "seconds": seconds}),
+                "peak": lambda: crew.ask({"work": "peak", "seconds": seconds, "flops": flops}),
             }
             names = [*work][first % len(work) :] + [*work][: first % len(work)]
             told = {name: work[name]() for name in names}
@@ -370,7 +373,10 @@ def summary(course: Course, trainings: int, found: Sequence[Round]) -> Json:
         found: the rounds.
     """
     seconds = [course.seconds(each) for each in found]
-    peaks = [sum(answer["flops"] for answer in each.peak) for each in found]
+    peaks, products = (
+        [sum(answer[name] for answer in each.peak) for each in found]
+        for name in ("flops", "sustained")
+    )
     cores = len(found[0].ours)
     whole, rows = dict[str, list[float]](), list[Json]()
     for side, at_once in ((PLAIN, 1), (OURS, cores), (MEASURED, cores)):
@@ -385,12 +391,14 @@ def summary(course: Course, trainings: int, found: Sequence[Round]) -> Json:
                 "trainings_seconds": spread(whole[side]),
                 "flops_per_second": spread(rates),
                 "fraction_of_peak": ratios(rates, peaks),
+                "fraction_of_sustained": ratios(rates, products),
                 "speedup": ratios(whole[PLAIN], whole[side]),
             }
         )
     answers = [answer for each in found for answer in each.ours]
     return {
         "peak_flops_per_second": spread(peaks),
+        "sustained_flops_per_second": spread(products),
         "look_seconds": spread(answer["look"] for answer in answers),
         "rare_look_seconds": spread(answer["rare_look"] for answer in answers),
         "beginning_seconds": spread(answer["beginning"] for answer in answers),
@@ -401,14 +409,15 @@ def summary(course: Course, trainings: int, found: Sequence[Round]) -> Json:
 
 def render(result: Json) -> Table:
     """A row for each side."""
-    columns = ("side", "at once", "µs a step", "GFLOP/s", "% of peak",
+    columns = ("side", "at once", "µs a step", "GFLOP/s", "% of peak", "% sustained",
                f"s for {result['trainings']} trainings", f"x {PLAIN}")  # fmt: skip
     goals = result["goals"]
     notes = (
         f"{result['trainings']} trainings of {result['experiment']['steps']:,} steps, "
         f"{result['flops'] / TERA:,.1f} TFLOP, extrapolated from {result['num_steps']:,}; FLOPs "
         "are 6 for each weight of the student, input and step",
-        f"peak {_scaled(result['peak_flops_per_second'], 1 / GIGA)} GFLOP/s",
+        f"products at best (peak) {_scaled(result['peak_flops_per_second'], 1 / GIGA)} GFLOP/s, "
+        f"over as much work {_scaled(result['sustained_flops_per_second'], 1 / GIGA)} GFLOP/s",
         f"{result['looks']} looks of {_scaled(result['look_seconds'], MILLI, ',.1f')} ms and "
         f"{result['rare_looks']} of {_scaled(result['rare_look_seconds'], MILLI, ',.1f')} ms, with "
         f"couplings: {_scaled(result['measuring_share'], 100, '.1f')} % of the time",
@@ -423,6 +432,7 @@ def render(result: Json) -> Table:
             _scaled(row["step_seconds"], MICRO),
             _scaled(row["flops_per_second"], 1 / GIGA, ",.1f"),
             _scaled(row["fraction_of_peak"], 100, ".1f"),
+            _scaled(row["fraction_of_sustained"], 100, ".1f"),
             _scaled(row["trainings_seconds"], 1.0),
             shown(row["speedup"], ".2f"),
         )

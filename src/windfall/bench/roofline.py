@@ -22,6 +22,7 @@ from windfall.train import Adam, Sgd
 
 SIDES = (256, 512, 1024, 2048)  # of the multiplied matrices; small ones do not reach the peak
 CACHE_BYTES = {"L2": 2**20, "L3": 2**25}  # where the machine does not tell its own
+SIDE = 1024  # where work is sustained
 DRAM_BYTES = 2**29  # far above the last cache
 FLOAT_BYTES, OFFSET_BYTES = 4, 4
 CHAINS, LANES, TURNS = 12, 16, 100_000  # sums at once: more than a multiply-add's delay times two
@@ -59,6 +60,18 @@ def products(seconds: float) -> dict[str, float]:
         "torch": max(_rate(2 * side**3, _torch_product(side), seconds) for side in SIDES),
         "numpy": max(_rate(2 * side**3, _numpy_product(side), seconds) for side in SIDES),
     }
+
+
+def sustained(work: float) -> float:
+    """The mean FLOP/s of float32 products, of one size that is large enough, over about this work.
+
+    On a machine that others share it is below the best call of `products`, as all other work is.
+    """
+    product, num = _torch_product(SIDE), max(1, round(work / (2 * SIDE**3)))
+    begun = time.perf_counter()
+    for _ in range(num):
+        product()
+    return num * 2 * SIDE**3 / (time.perf_counter() - begun)
 
 
 def _peaks(seconds: float) -> Json:
