@@ -338,7 +338,16 @@ def test_every_experiment_has_a_name_costs_and_metrics(kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["winners", "structured-or-random", "flatness", "bn-bias", "luck", "luck-matrices"]
+    "name",
+    [
+        "winners",
+        "winners-shallow",
+        "structured-or-random",
+        "flatness",
+        "bn-bias",
+        "luck",
+        "luck-matrices",
+    ],
 )
 def test_bundled_studies_are_whole(name):
     found = settings.load(name)

@@ -287,12 +287,13 @@ def measure(
         peak_seconds: of each size of products, above 0.
 
     Returns:
-        machine; settings; goals; flops_per_step and flops, of all trainings; looks and rare_looks
-        of a training, the latter with couplings; difference of both sides' weights after two steps;
-        peak_flops_per_second; sustained_flops_per_second; look_seconds, rare_look_seconds,
-        beginning_seconds and measuring_share; and rows, of the yardstick and of Windfall without
-        and with measuring: at_once, the trainings at a time; step_seconds, of a whole training over
-        its steps; trainings_seconds; flops_per_second; fraction_of_peak, the best call of products, and
+        machine; settings; goals; flops_per_step and flops, of all trainings; looks and
+        rare_looks of a training, the latter with couplings; difference of both sides'
+        weights after two steps; peak_flops_per_second; sustained_flops_per_second;
+        look_seconds, rare_look_seconds, beginning_seconds and measuring_share; and rows, of
+        the yardstick and of Windfall without and with measuring: at_once, the trainings at
+        a time; step_seconds, of a whole training over its steps; trainings_seconds;
+        flops_per_second; fraction_of_peak, the best call of products, and
         fraction_of_sustained, their mean over as much work; speedup, in the seconds of all
         trainings.
 
