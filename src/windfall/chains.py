@@ -139,7 +139,7 @@ def positions(input_shape: tuple[int, ...], num_layers: int) -> int:
     lost = num_layers * (KERNEL - 1)
     if len(input_shape) != 3 or min(input_shape[1:]) <= lost:
         raise ValueError(
-            f"inputs must be images of at least {lost + 1} x {lost + 1} pixels for {num_layers}"
+            f"`inputs` must be images of at least {lost + 1} x {lost + 1} pixels for {num_layers}"
             f" convolutions without padding; got shape {input_shape}."
         )
     return (input_shape[1] - lost) * (input_shape[2] - lost)

@@ -184,7 +184,8 @@ class Teacher(Spec):
         try:
             return torch.from_numpy(distinct_rows(size, fan_in, self.values, stream))
         except ValueError as problem:
-            raise SpecError(f"{str(problem).removesuffix('.')} (layer `{name}`).") from None
+            told = str(problem).removesuffix(".").replace("`values`", "`teacher.values`")
+            raise SpecError(f"{told} (layer `{name}`).") from None
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network with the teacher's parameters, rounded to the default dtype."""
