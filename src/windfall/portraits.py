@@ -70,6 +70,21 @@ def _band(
         axes.fill_between(places, low, high, color=paint, alpha=0.18, linewidth=0)
 
 
+Line = tuple[Any, list[Tensor]]  # places on the horizontal axis, and the values of every seed
+
+
+def _arms(
+    axes: Axes,
+    found: Mapping[str, Sequence[Any]],
+    line: Callable[[list[Any]], Line],
+    style: str = "-",
+) -> None:
+    """A band for each arm, of what `line` makes of those of its seeds that did not diverge."""
+    for place, (arm, each) in enumerate(found.items()):
+        if whole := _whole(each):
+            _band(axes, *line(whole), color(place), arm, style)
+
+
 def _whole(each: Sequence[Any]) -> list[Any]:
     return [found for found in each if not found.diverged]
 
@@ -85,10 +100,11 @@ def _by_step(
     layers = _layers(courses)
     figure, panels = _panels(len(layers), width_inches, 1.9)
     for layer, axes in zip(layers, panels, strict=True):
-        for place, (arm, each) in enumerate(courses.items()):
-            if whole := _whole(each):
-                values = [value(course, layer) for course in whole]
-                _band(axes, _steps(whole[0].steps), values, color(place), arm)
+
+        def line(whole: list[Course], layer: str = layer) -> Line:
+            return _steps(whole[0].steps), [value(course, layer) for course in whole]
+
+        _arms(axes, courses, line)
         _stepped(axes, _words(layer))
     return figure, panels
 
@@ -120,12 +136,12 @@ def coverage(courses: Courses, *, width_inches: float = WIDE) -> Figure:
     layers = _layers(courses)
     figure, panels = _panels(len(layers), width_inches, 1.7)
     for layer, axes in zip(layers, panels, strict=True):
-        for place, (arm, each) in enumerate(courses.items()):
-            values = [
-                torch.stack([course.covered(layer, t)[-1] for t in THRESHOLDS])
-                for course in _whole(each)
-            ]
-            _band(axes, THRESHOLDS, values, color(place), arm)
+
+        def line(whole: list[Course], layer: str = layer) -> Line:
+            shares = [[course.covered(layer, t)[-1] for t in THRESHOLDS] for course in whole]
+            return THRESHOLDS, [torch.stack(each) for each in shares]
+
+        _arms(axes, courses, line)
         axes.set_title(_words(layer))
         axes.set_xlabel("Correlation above")
         axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
@@ -210,11 +226,12 @@ def readings(found: Found, names: Sequence[str], *, width_inches: float = WIDE) 
     """
     figure, panels = _panels(len(names), width_inches, 1.6, is_shared=False)
     for name, axes in zip(names, panels, strict=True):
-        for place, (arm, each) in enumerate(found.items()):
-            whole = [one for one in _whole(each) if name in one.values]
-            if whole:
-                values = [one.values[name] for one in whole]
-                _band(axes, _steps(whole[0].steps), values, color(place), arm)
+        having = {arm: [one for one in each if name in one.values] for arm, each in found.items()}
+
+        def line(whole: list[Readings], name: str = name) -> Line:
+            return _steps(whole[0].steps), [one.values[name] for one in whole]
+
+        _arms(axes, having, line)
         _stepped(axes, name)
     drawing.legend(figure, panels, width_inches)
     return figure
@@ -234,9 +251,15 @@ def profiles(
     figure = Figure(figsize=(width_inches, 2.4), layout="constrained")
     panels = list(figure.subplots(1, len(kinds), squeeze=False).ravel())
     for (kind, names), axes in zip(kinds.items(), panels, strict=True):
-        for place, (arm, each) in enumerate(found.items()):
-            values = [torch.stack([one.values[n][-1] for n in names]) for one in _whole(each)]
-            _band(axes, np.arange(1, len(names) + 1), values, color(place), arm, "o-")
+        having = {
+            arm: [one for one in each if names[0] in one.values] for arm, each in found.items()
+        }
+
+        def line(whole: list[Readings], names: Sequence[str] = names) -> Line:
+            ends = [[one.values[n][-1] for n in names if n in one.values] for one in whole]
+            return np.arange(1, len(ends[0]) + 1), [torch.stack(each) for each in ends]
+
+        _arms(axes, having, line, "o-")
         axes.set_title(kind)
         axes.set_xlabel("Place in the network")
         axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
