@@ -13,6 +13,7 @@ import windfall
 from windfall import courses, gallery, luck, portraits, verbs
 from windfall.laboratory import Laboratory, Training
 from windfall.luck import LaboratoryStudy
+from windfall.measures import Readings
 from windfall.spec import SpecError
 from windfall.store import Lab
 
@@ -238,6 +239,19 @@ def test_students_stand_in_the_order_of_what_they_won():
     rho = torch.tensor([[0.1, 0.9, 0.2], [0.8, 0.3, 0.1]])
     ordered = portraits.by_winner(rho, torch.tensor([1, 0]))
     assert torch.equal(ordered, rho[:, [1, 0, 2]])
+
+
+def test_profiles_show_every_arm_over_its_own_layers():
+    def readings(kind, num):
+        values = {f"negative/{kind}{i}": torch.tensor([0.0, 0.1 * i]) for i in range(num)}
+        return Readings(torch.tensor([0, 4]), values)
+
+    found = {"deep": [readings("a", 8)] * 2, "other": [readings("b", 6)] * 2}
+    names = [name for each in found.values() for name in each[0].values]
+    (axes,) = portraits.profiles(found, {"negative": names}).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["deep"].get_xdata().tolist() == list(range(1, 9))
+    assert lines["other"].get_ydata().tolist() == pytest.approx([0.1 * i for i in range(6)])
 
 
 def test_figures_are_drawn_of_what_diverged_too():

@@ -252,7 +252,8 @@ def profiles(
     panels = list(figure.subplots(1, len(kinds), squeeze=False).ravel())
     for (kind, names), axes in zip(kinds.items(), panels, strict=True):
         having = {
-            arm: [one for one in each if names[0] in one.values] for arm, each in found.items()
+            arm: [one for one in each if any(n in one.values for n in names)]
+            for arm, each in found.items()
         }
 
         def line(whole: list[Readings], names: Sequence[str] = names) -> Line:
