@@ -93,11 +93,12 @@ def train(
 
 
 def _trained(lab: Lab, experiment: Any, seed: int, tell: Callable[[int], None]) -> None:
-    name, parent, grown = address(experiment, seed), experiments.parent(experiment), None
+    begun, name = time.monotonic(), address(experiment, seed)
+    parent, grown = experiments.parent(experiment), None
     if parent is not None:
         train(lab, parent, seed, tell)
         grown, _ = stored(lab, address(parent, seed))
-    begun, before, state, path = time.monotonic(), 0.0, None, _checkpoint(lab, name)
+    before, state, path = 0.0, None, _checkpoint(lab, name)
     if path.exists():
         tensors, facts = states.read_tensors(path)
         state, before = experiments.restored(experiment, tensors, facts), facts["seconds"]
