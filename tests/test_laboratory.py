@@ -167,7 +167,7 @@ def test_layers_that_do_not_chain_are_refused():
 
 
 def test_values_too_few_for_different_rows_are_refused():
-    with pytest.raises(ValueError, match=r"`teacher\.values` must make 3 different nonzero rows of 5"):
+    with pytest.raises(ValueError, match=r"`teacher\.values` must make 3 different nonzero"):
         small(teacher=Teacher(hidden=HIDDEN, values=(0.5,)))
 
 
