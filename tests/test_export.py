@@ -245,7 +245,7 @@ def test_a_study_is_its_winner(labs, tmp_path):
     ("which", "settings", "message"),
     [
         ("", None, "RUN must be the beginning of a finished run's address"),
-        ("zz", None, r"got 'zz'\. Known: lottery"),
+        ("zz", None, r"got 'zz'\. Known: .*lottery"),
         ("lotery", None, "Did you mean `lottery`"),
         ("no.toml", None, "STUDY must be a readable TOML file"),
         ("lottery", None, "STUDY must have been run in the lab"),
