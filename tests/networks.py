@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from windfall import models
+from windfall import models, seeds
+from windfall.evidence import Outset
 
 CIFAR, SMALL = (3, 32, 32), (3, 6, 6)
 
@@ -117,6 +118,46 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.output(self.d(torch.relu(self.c(torch.relu(self.b(self.a(x)))))))
+
+
+class Tiny(nn.Module):
+    """A convolution, normalized or not, and two linear layers, of stated shapes; biases if named.
+
+    The convolution makes of an input just as many positions as the hidden layer reads.
+    """
+
+    def __init__(self, shapes):
+        super().__init__()
+        out, self.channels, *kernel = shapes["conv.weight"]
+        features = shapes["hidden.weight"][1]
+        self.height = features // out + kernel[0] - 1
+        self.conv = nn.Conv2d(self.channels, out, kernel, bias="conv.bias" in shapes)
+        self.norm = nn.BatchNorm2d(out) if "norm.weight" in shapes else nn.Identity()
+        self.hidden = nn.Linear(features, shapes["hidden.weight"][0], bias="hidden.bias" in shapes)
+        self.output = nn.Linear(*shapes["output.weight"][::-1], bias="output.bias" in shapes)
+
+    @property
+    def input_shape(self):
+        return self.channels, self.height, self.conv.kernel_size[1]
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x))).flatten(1)
+        return self.output(F.relu(self.hidden(x)))
+
+
+def outset(build, params, input_shape, num_classes, num_examples=40):
+    """The outset of a network with these parameters, and random examples of all classes."""
+    stream = seeds.stream(0, "test-examples")
+    inputs = torch.from_numpy(stream.standard_normal((num_examples, *input_shape)))
+    labels = torch.arange(num_examples) % num_classes
+
+    def network():
+        with seeds.isolated(0, "build"):
+            made = build().eval().to(next(iter(params.values())).dtype)
+        made.load_state_dict(params, strict=False)
+        return made
+
+    return Outset(network, input_shape, labels, lambda places: inputs[places])
 
 
 def zoo(member, width):

@@ -17,9 +17,12 @@ from windfall.arms import (
     OtherInit,
     OtherOrder,
     Random,
+    RandomConstant,
     Reinit,
     Rewind,
     Shuffled,
+    SignedConstant,
+    SignedReinit,
     Ticket,
     Transferred,
     UniformWidth,
@@ -100,6 +103,24 @@ TABLE = {
     ),
     "shuffled": (Ticket(), "shuffled", FRESH, (0, STEPS)),
     "random": (Ticket(), "uniform", FRESH, (0, STEPS)),
+    "signed-reinit": (
+        Ticket(),
+        "found",
+        FRESH.model_copy(update={"signs": "init"}),
+        (0, STEPS),
+    ),
+    "signed-constant": (
+        Ticket(),
+        "found",
+        THETA_0.model_copy(update={"magnitudes": "constant"}),
+        (0, STEPS),
+    ),
+    "random-constant": (
+        Ticket(),
+        "found",
+        THETA_0.model_copy(update={"magnitudes": "constant", "signs": "reinit"}),
+        (0, STEPS),
+    ),
     "other-order": (OtherOrder(), "found", ToStep(step=0), (0, STEPS)),
     "other-init": (OtherInit(), "found", ToStep(step=0), (0, STEPS)),
 }
@@ -192,6 +213,21 @@ def test_ticket_reinit_and_finetune_have_one_mask_and_differ_in_the_weights_alon
         assert other.model_copy(update={"start": start}) == ticket
 
 
+def test_signed_arms_differ_from_what_they_are_compared_with_in_one_thing():
+    signed, fresh = run_of(SignedReinit(), 3), run_of(Reinit(), 3)
+    start = signed.start.model_copy(update={"weights": FRESH})
+    assert signed.model_copy(update={"start": start}) == fresh
+    assert signed.start.weights == FRESH.model_copy(update={"signs": "init"})
+    constant, random = run_of(SignedConstant(), 3), run_of(RandomConstant(), 3)
+    begun = random.start.weights.model_copy(update={"signs": None})
+    assert constant.start.weights == begun
+    assert constant.parent == random.parent == signed.parent
+
+
+def test_a_start_that_is_not_signed_keeps_its_address():
+    assert not {"signs", "magnitudes"} & FRESH.to_json().keys()
+
+
 def test_a_chain_is_pruned_from_its_own_level_before():
     of = family()
     for arm in CHAINS:
@@ -274,9 +310,9 @@ def test_nothing_is_made_twice():
     for _ in range(2):
         for arm, level in itertools.product(ARMS, (1, 2, 3)):
             arm.run(of, level)
-    # Three dense runs, four chains of three levels, and seven arms on the ticket's masks:
+    # Three dense runs, four chains of three levels, and ten arms on the ticket's masks:
     # scratch-e is reinit. The two designs are one.
-    assert len(of.runs) == 3 + 4 * 3 + 7 * 3 + 2
+    assert len(of.runs) == 3 + 4 * 3 + 10 * 3 + 2
 
 
 # -- designs ----------------------------------------------------------------------------------
@@ -351,12 +387,15 @@ def test_effects_are_the_comparisons_of_the_design():
         "architecture": ("reinit", "random"),
         "guided": ("guided", "uniform-width"),
         "transferred": ("transferred", "uniform-width"),
+        "signs": ("signed-reinit", "reinit"),
+        "constant": ("signed-constant", "random-constant"),
+        "signs-alone": ("signed-constant", "ticket"),
         "rewinding": ("rewind", "ticket"),
         "same-init": ("other-order", "other-init"),
         "above-chance": ("other-init", "chance"),
     }
     claims = {effect.name for effect in EFFECTS if effect.claim == "non-inferior"}
-    assert claims == {"matching", "scratch"}
+    assert claims == {"matching", "scratch", "signs-alone"}
     overlaps = {effect.name for effect in EFFECTS if effect.measures == "overlap"}
     assert overlaps == {"same-init", "above-chance"}
 

@@ -4,11 +4,26 @@ import pytest
 import torch
 
 from windfall import masks, seeds, spec
-from windfall.criteria import Criterion, Evidence, Magnitude, MagnitudeIncrease, Random
+from windfall.criteria import (
+    Criterion,
+    Evidence,
+    LargeFinalSameSign,
+    LargeInit,
+    Magnitude,
+    MagnitudeIncrease,
+    Movement,
+    Random,
+)
 from windfall.prune import Prune
+from windfall.saliency import Saliency
 from windfall.selection import Global, Layerwise
 
-MEMBERS = [m() for m in spec.members(Criterion).values() if m.prunes == "weights"]
+# Those that look at weights alone; what looks at the network is in test_saliency.
+MEMBERS = [
+    member()
+    for name, member in spec.members(Criterion).items()
+    if member.prunes == "weights" and name not in spec.members(Saliency)
+]
 SHAPES = {"conv.weight": (4, 3, 3, 3), "hidden.weight": (7, 5), "output.weight": (3, 7)}
 KINDS = {"conv.weight": "convolution", "hidden.weight": "hidden", "output.weight": "output"}
 
@@ -56,10 +71,10 @@ class TestEveryMember:
 
     def test_the_signs_of_the_weights_do_not_matter(self, member):
         """A released implementation without the absolute value froze every negative weight."""
-        flipped = {name: -value for name, value in weights(1).items()}
+        flipped = [{name: -value for name, value in weights(seed).items()} for seed in (0, 1)]
         first, second = (
             member.score(evidence(), SHAPES),
-            member.score(evidence(None, flipped), SHAPES),
+            member.score(evidence(*flipped), SHAPES),
         )
         assert all(torch.equal(first[name], second[name]) for name in SHAPES)
 
@@ -94,6 +109,9 @@ KNOWN = {
     "magnitude": [1.0, 0.25, 3.0, 0.5],
     "random": [0.5897650845231592, 0.5190682828317723, 0.27811676095724003, 0.5427103342734798],
     "magnitude-increase": [0.5, -1.75, 3.0, -0.5],
+    "large-init": [0.5, 2.0, 0.0, 1.0],
+    "movement": [1.5, 2.25, 3.0, 1.5],
+    "large-final-same-sign": [0.0, 0.0, 0.0, 0.0],
 }
 
 
@@ -142,12 +160,45 @@ class TestRandom:
         assert 0.999 < float(score.max()) < 1
 
 
-def test_magnitude_sees_the_end_alone_and_its_increase_the_beginning_too():
-    other = weights(7)
-    for criterion, is_blind in ((Magnitude(), True), (MagnitudeIncrease(), False)):
-        first = criterion.score(evidence(), SHAPES)
-        second = criterion.score(evidence(initial=other), SHAPES)
-        assert torch.equal(first["conv.weight"], second["conv.weight"]) == is_blind
+@pytest.mark.parametrize(
+    ("criterion", "is_blind_to_initial", "is_blind_to_trained"),
+    [
+        (Magnitude(), True, False),
+        (LargeInit(), False, True),
+        (MagnitudeIncrease(), False, False),
+        (Movement(), False, False),
+        (LargeFinalSameSign(), False, False),
+    ],
+    ids=str,
+)
+def test_a_criterion_sees_the_beginning_the_end_or_both(
+    criterion, is_blind_to_initial, is_blind_to_trained
+):
+    first = criterion.score(evidence(), SHAPES)["conv.weight"]
+    other_initial = criterion.score(evidence(initial=weights(7)), SHAPES)["conv.weight"]
+    other_trained = criterion.score(evidence(trained=weights(7)), SHAPES)["conv.weight"]
+    assert torch.equal(first, other_initial) == is_blind_to_initial
+    assert torch.equal(first, other_trained) == is_blind_to_trained
+
+
+def test_the_same_sign_keeps_the_large_among_those_that_kept_theirs():
+    initial = {"w": torch.tensor([0.5, -2.0, 1.0, -0.1, 0.0])}
+    trained = {"w": torch.tensor([0.25, -3.0, -4.0, 5.0, 6.0])}
+    scores = LargeFinalSameSign().score(Evidence(initial, trained, seed=0, level=1), ["w"])
+    assert scores["w"].tolist() == [0.25, 3.0, 0.0, 0.0, 0.0]
+
+
+def test_from_zero_all_movement_is_increase():
+    zero = {name: torch.zeros_like(value) for name, value in weights(0).items()}
+    movement = Movement().score(evidence(initial=zero), SHAPES)
+    increase = MagnitudeIncrease().score(evidence(initial=zero), SHAPES)
+    assert all(torch.equal(movement[name], increase[name]) for name in SHAPES)
+
+
+def test_large_init_before_training_is_magnitude():
+    seen = evidence(trained=weights(0))
+    ours, theirs = LargeInit().score(seen, SHAPES), Magnitude().score(seen, SHAPES)
+    assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
 
 def test_from_zero_the_increase_is_the_magnitude():

@@ -1,4 +1,7 @@
-"""The family `Initialization`: its distributions, its streams, and what it leaves alone."""
+"""The family `Initialization`: its distributions, its streams, and what it leaves alone.
+
+What looks further than a layer has its known answers in `test_initialize_networks.py`.
+"""
 
 import math
 
@@ -9,32 +12,70 @@ from torch.nn.utils import parametrizations
 
 from windfall import initialize, seeds, spec
 from windfall.initialize import (
+    DataDependent,
+    DeltaOrthogonal,
+    Fixup,
     GlorotNormal,
+    GlorotUniform,
     Initialization,
     KaimingNormal,
     KaimingUniform,
+    LecunNormal,
+    LecunUniform,
     Orthogonal,
     TorchDefault,
+    WeightNorm,
     initial_parameters,
 )
+from windfall.weightnorm import WeightNormConv2d, WeightNormLinear
 
 MEMBERS = [member() for member in spec.members(Initialization).values()]
-DRAWN = [member for member in MEMBERS if not isinstance(member, TorchDefault)]
+INITIALIZED = [member for member in MEMBERS if not isinstance(member, TorchDefault)]
+NORM = nn.BatchNorm2d
+DRAWN = [member() for member in spec.members(initialize.Drawn).values()]
 
 
 def name_of(member):
     return spec.tag(type(member))
 
 
-def network(dtype=torch.float64, hidden=5):
+class Residual(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
+        self.shortcut = nn.Identity()
+
+    def forward(self, inputs):
+        return self.shortcut(inputs) + self.second(self.first(inputs).relu())
+
+
+def network(member, dtype=torch.float64, hidden=5):
+    """One that the member is defined for."""
+    is_normed, is_fixup = isinstance(member, WeightNorm), isinstance(member, Fixup)
+    conv = WeightNormConv2d if is_normed else nn.Conv2d
+    linear = WeightNormLinear if is_normed else nn.Linear
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        nn.BatchNorm2d(4),
+        conv(2, 4, 3),
+        nn.Identity() if is_fixup else nn.BatchNorm2d(4),
         nn.Flatten(),
-        nn.Linear(16, hidden),
-        nn.LayerNorm(hidden),
-        nn.Linear(hidden, 3, bias=False),
+        linear(16, hidden),
+        Residual(hidden) if is_fixup else nn.LayerNorm(hidden),
+        nn.Linear(hidden, 3, bias=isinstance(member, DataDependent)),
     ).to(dtype)
+
+
+def random_weights(member):
+    """The names of the network's weights that differ from seed to seed."""
+    last = "4.first.weight" if isinstance(member, Fixup) else "5.weight"
+    return "0.weight", "3.weight", last
+
+
+def batch():
+    return torch.from_numpy(seeds.stream(0, "batch").standard_normal((8, 2, 4, 4)))
+
+
+def begun(member, seed=0, stream="init", **how):
+    return initial_parameters(lambda: network(member, **how), member, seed, stream, batch)
 
 
 def weight_of(layer, member, seed=0):
@@ -44,29 +85,31 @@ def weight_of(layer, member, seed=0):
 @pytest.mark.parametrize("member", MEMBERS, ids=name_of)
 class TestEveryMember:
     def test_the_same_seed_and_stream_give_the_same_parameters(self, member):
-        first, _ = initial_parameters(network, member, 3)
-        again, _ = initial_parameters(network, member, 3)
-        assert list(first) == [name for name, _ in network().named_parameters()]
+        first, _ = begun(member, 3)
+        again, _ = begun(member, 3)
+        assert list(first) == [name for name, _ in network(member).named_parameters()]
         assert all(torch.equal(first[name], again[name]) for name in first)
 
     @pytest.mark.parametrize("other", [{"seed": 4}, {"seed": 3, "stream": "reinit"}])
     def test_another_seed_or_stream_gives_other_weights(self, member, other):
-        first, _ = initial_parameters(network, member, 3)
-        second, _ = initial_parameters(network, member, **other)
-        for name in ("0.weight", "3.weight", "5.weight"):
+        first, _ = begun(member, 3)
+        second, _ = begun(member, **other)
+        for name in random_weights(member):
             assert not torch.equal(first[name], second[name])
 
     def test_what_is_no_layer_begins_as_constructed(self, member):
-        params, buffers = initial_parameters(network, member, 0)
-        for name, param in network().named_parameters():
-            if name.startswith(("1.", "4.")):
+        params, buffers = begun(member)
+        module = network(member)
+        for name, param in module.named_parameters():
+            if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.LayerNorm | NORM):
                 assert torch.equal(params[name], param)
-        assert list(buffers) == [name for name, _ in network().named_buffers()]
-        assert torch.equal(buffers["1.running_var"], torch.ones(4, dtype=torch.float64))
+        assert list(buffers) == [name for name, _ in module.named_buffers()]
+        for name, buffer in module.named_buffers():
+            assert torch.equal(buffers[name], buffer)
 
     def test_parameters_and_buffers_are_detached_and_share_no_storage(self, member):
-        module = network()
-        params, buffers = initial_parameters(lambda: module, member, 0)
+        module = network(member)
+        params, buffers = initial_parameters(lambda: module, member, 0, inputs=batch)
         before = {name: value.clone() for name, value in module.state_dict().items()}
         for value in (*params.values(), *buffers.values()):
             assert not value.requires_grad
@@ -76,35 +119,51 @@ class TestEveryMember:
 
     def test_global_generators_are_left_as_they_were(self, member):
         before = torch.get_rng_state()
-        initial_parameters(network, member, 0)
+        begun(member)
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_the_weights_are_finite_and_of_the_networks_dtype(self, member):
-        params, _ = initial_parameters(lambda: network(torch.float32), member, 0)
+        params, _ = begun(member, dtype=torch.float32)
         for param in params.values():
             assert param.dtype == torch.float32
             assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("member", DRAWN, ids=name_of)
-class TestEveryMemberThatDraws:
+@pytest.mark.parametrize("member", INITIALIZED, ids=name_of)
+class TestEveryMemberThatInitializes:
     def test_biases_of_layers_are_zero(self, member):
-        params, _ = initial_parameters(network, member, 0)
-        assert (params["0.bias"] == 0).all()
-        assert (params["3.bias"] == 0).all()
+        params, _ = begun(member)
+        if not isinstance(member, DataDependent):
+            assert (params["0.bias"] == 0).all()
+            assert (params["3.bias"] == 0).all()
 
     def test_float32_begins_as_float64_rounded(self, member):
-        wide, _ = initial_parameters(lambda: network(torch.float64), member, 1)
-        narrow, _ = initial_parameters(lambda: network(torch.float32), member, 1)
-        for name in ("0.weight", "3.weight", "5.weight"):
+        wide, _ = begun(member, 1)
+        narrow, _ = begun(member, 1, dtype=torch.float32)
+        for name in wide:
             assert torch.equal(wide[name].float(), narrow[name])
 
     def test_a_layers_draws_do_not_depend_on_another_layers_shape(self, member):
-        first, _ = initial_parameters(lambda: network(hidden=5), member, 0)
-        second, _ = initial_parameters(lambda: network(hidden=9), member, 0)
+        first, _ = begun(member, hidden=5)
+        second, _ = begun(member, hidden=9)
         assert torch.equal(first["0.weight"], second["0.weight"])
         assert first["3.weight"].shape != second["3.weight"].shape
 
+    def test_it_does_not_depend_on_the_number_of_threads(self, member):
+        num_threads = torch.get_num_threads()
+        try:
+            found = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append(begun(member, hidden=200)[0])
+                assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(num_threads)
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("member", DRAWN, ids=name_of)
+class TestEveryMemberThatDraws:
     def test_two_layers_of_one_shape_get_different_draws(self, member):
         params, _ = initial_parameters(
             lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), member, 0
@@ -114,6 +173,13 @@ class TestEveryMemberThatDraws:
     def test_the_mean_is_zero(self, member):
         weight = weight_of(nn.Linear(600, 400), member)  # 240,000 draws
         assert abs(float(weight.mean())) < 5 * float(weight.std()) / math.sqrt(weight.numel())
+
+    def test_a_weight_normalized_layer_has_the_weight_of_one_without(self, member):
+        plain, normed = nn.Linear(30, 20).double(), WeightNormLinear(30, 20).double()
+        params, _ = initial_parameters(lambda: normed, member, 0)
+        assert torch.equal(params["weight"], weight_of(plain, member))
+        norms = params["weight"].norm(dim=1)
+        torch.testing.assert_close(params["gain"], norms, rtol=1e-12, atol=0)
 
 
 FIRST_DRAWS = {
@@ -135,7 +201,31 @@ FIRST_DRAWS = {
         0.1498084273345912,
         -0.15714931053293157,
     ],
+    "glorot-uniform": [
+        0.6950544830161991,
+        0.8744170317242816,
+        0.11604110883767915,
+        -0.12172733251240442,
+    ],
+    "lecun-normal": [
+        -0.33579734776957204,
+        -0.07943912188621848,
+        -0.18324632850903155,
+        -0.6746399131666776,
+    ],
+    "lecun-uniform": [
+        0.6344950317384395,
+        0.7982298882368326,
+        0.10593055484718161,
+        -0.11112134313662647,
+    ],
     "orthogonal": [
+        -0.8594672954636933,
+        -0.20332300923475483,
+        -0.46901569477369165,
+        -0.38029781403657115,
+    ],
+    "delta-orthogonal": [
         -0.8594672954636933,
         -0.20332300923475483,
         -0.46901569477369165,
@@ -160,9 +250,15 @@ def test_the_first_draws_of_seed_0_are_pinned(member):
         (GlorotNormal(), nn.Linear(600, 400), math.sqrt(2 / 1000)),
         (KaimingNormal(), nn.Linear(600, 400), math.sqrt(2 / 600)),
         (KaimingUniform(), nn.Linear(600, 400), math.sqrt(2 / 600)),
+        (GlorotUniform(), nn.Linear(600, 400), math.sqrt(2 / 1000)),
+        (LecunNormal(), nn.Linear(600, 400), math.sqrt(1 / 600)),
+        (LecunUniform(), nn.Linear(600, 400), math.sqrt(1 / 600)),
         (GlorotNormal(), nn.Conv2d(100, 96, 5), math.sqrt(2 / (2500 + 2400))),
         (KaimingNormal(), nn.Conv2d(100, 96, 5), math.sqrt(2 / 2500)),
         (KaimingUniform(), nn.Conv2d(100, 96, 5), math.sqrt(2 / 2500)),
+        (GlorotUniform(), nn.Conv2d(100, 96, 5), math.sqrt(2 / (2500 + 2400))),
+        (LecunNormal(), nn.Conv2d(100, 96, 5), math.sqrt(1 / 2500)),
+        (LecunUniform(), nn.Conv2d(100, 96, 5), math.sqrt(1 / 2500)),
         (Orthogonal(), nn.Linear(600, 400), math.sqrt(1 / 600)),
     ],
 )
@@ -172,7 +268,7 @@ def test_the_standard_deviation_is_that_of_the_formula(member, layer, expected):
     assert float(weight.double().std()) == pytest.approx(expected, rel=0.007)
 
 
-@pytest.mark.parametrize("member", [GlorotNormal(), KaimingNormal()], ids=name_of)
+@pytest.mark.parametrize("member", [GlorotNormal(), KaimingNormal(), LecunNormal()], ids=name_of)
 def test_gaussian_weights_are_not_truncated(member):
     weight = weight_of(nn.Linear(600, 400), member).double()
     sigmas = (weight / weight.std()).abs()
@@ -182,8 +278,17 @@ def test_gaussian_weights_are_not_truncated(member):
     assert float(sigmas.max()) > 4
 
 
-def test_uniform_weights_fill_their_interval_and_do_not_leave_it():
-    weight, bound = weight_of(nn.Linear(600, 400), KaimingUniform()), math.sqrt(6 / 600)
+@pytest.mark.parametrize(
+    ("member", "bound"),
+    [
+        (KaimingUniform(), math.sqrt(6 / 600)),
+        (GlorotUniform(), math.sqrt(6 / 1000)),
+        (LecunUniform(), math.sqrt(3 / 600)),
+    ],
+    ids=["kaiming", "glorot", "lecun"],
+)
+def test_uniform_weights_fill_their_interval_and_do_not_leave_it(member, bound):
+    weight = weight_of(nn.Linear(600, 400).double(), member)
     assert 0.999 * bound < float(weight.abs().max()) <= bound
 
 
@@ -238,23 +343,51 @@ def test_orthogonal_weights_are_uniform_among_the_orthonormal():
     assert 150 < int((torch.linalg.det(drawn) > 0).sum()) < 250
 
 
-def test_orthogonal_draws_do_not_depend_on_the_number_of_threads():
-    layer, num_threads = nn.Linear(300, 200, dtype=torch.float64), torch.get_num_threads()
-    try:
-        drawn = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            drawn.append(weight_of(layer, Orthogonal()))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(num_threads)
-    assert torch.equal(*drawn)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 5, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(3, 8, (1, 5), padding=(0, 2)),
+        nn.Conv2d(6, 12, 3, padding=1, groups=3),
+        nn.Conv3d(1, 2, 3, padding=1),
+    ],
+    ids=str,
+)
+def test_a_delta_orthogonal_convolution_keeps_the_norm_of_every_image(layer):
+    layer = layer.double()
+    weight = weight_of(layer, DeltaOrthogonal())
+    inputs = torch.from_numpy(
+        seeds.stream(1, "images").standard_normal(
+            (4, layer.in_channels, *(6,) * (weight.dim() - 2))
+        )
+    )
+    made = torch.func.functional_call(layer, {"weight": weight, "bias": 0 * layer.bias}, (inputs,))
+    torch.testing.assert_close(made.flatten(1).norm(dim=1), inputs.flatten(1).norm(dim=1))
+
+
+def test_a_delta_orthogonal_weight_is_zero_beside_the_middle():
+    weight = weight_of(nn.Conv2d(3, 5, 3).double(), DeltaOrthogonal())
+    middle = weight[:, :, 1, 1]
+    torch.testing.assert_close(middle.T @ middle, torch.eye(3, dtype=torch.float64))
+    assert int(weight.count_nonzero()) == int(middle.count_nonzero()) == 15
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(5, 3, 3), nn.Conv2d(3, 5, 2), nn.ConvTranspose2d(3, 5, 3)], ids=str
+)
+def test_delta_orthogonal_weights_of_other_convolutions_are_refused(layer):
+    with pytest.raises(
+        spec.SpecError,
+        match=r"^`initialization` delta-orthogonal must be given .*; got Conv.* Use orthogonal\.$",
+    ):
+        weight_of(layer, DeltaOrthogonal())
 
 
 def test_torch_default_is_the_constructor_at_the_beginning_of_its_stream():
-    params, _ = initial_parameters(network, TorchDefault(), 5, "reinit")
+    params, _ = begun(TorchDefault(), 5, "reinit")
     with seeds.isolated(5, "reinit"):
-        expected = dict(network().named_parameters())
+        expected = dict(network(TorchDefault()).named_parameters())
     assert all(torch.equal(params[name], expected[name]) for name in expected)
 
 

@@ -12,16 +12,18 @@ import windfall
 # A module imports only from those before it; the list is the order of reading.
 LAYERS = {
     "ground": "spec, seeds, limits",
-    "mathematics": "masks, initialize, models, chains, teachers, students, flops, dynamics, "
-    "simulation, curvature, flatness, biases, structure, tracing, units, compact, architecture, "
-    "reconstruction, evidence, filters, criteria, selection, adjust, prune",
+    "mathematics": "masks, weightnorm, initialize, signs, models, chains, teachers, students, "
+    "flops, dynamics, simulation, curvature, flatness, connectivity, propagation, biases, "
+    "structure, jacobians, activations, signals, tracing, units, compact, architecture, "
+    "reconstruction, evidence, filters, saliency, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, inputs, sparsity, train, runs, pretrained, "
-    "course, measures, products, laboratory, engines, probes, experiments, tickets, arms",
-    "studies": "stats, study, graph, suite, luck, settings, states, store, worker, service, "
-    "schedule, execute, courses",
-    "outside": "latency, prospects, workload, trials, pace, costs, words, findings, patterns, "
-    "tables, overview, results, exhibit, drawing, plots, portraits, page, gallery, display, bench, "
-    "parcels, formats, exports, weights, verbs, cli",
+    "course, measures, products, laboratory, engines, tickets, arms, probes, "
+    "levels, children, trainability, experiments",
+    "studies": "stats, contingency, study, graph, suite, luck, settings, states, store, worker, "
+    "service, schedule, execute, courses",
+    "outside": "latency, prospects, workload, trials, pace, costs, words, diagnosis, findings, "
+    "patterns, tables, overview, results, exhibit, drawing, plots, portraits, page, gallery, "
+    "depths, display, bench, parcels, formats, exports, weights, checkup, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])

@@ -607,3 +607,16 @@ def test_every_row_of_an_arm_tells_what_its_training_cost():
 def test_every_verdict_tells_how_the_costs_compare():
     row = lottery()["verdicts"][0]
     assert f"training FLOPs {row['budget_ratio']:.3g} to 1" in words_of(lottery)
+
+
+def test_a_study_of_supermasks_has_a_figure_of_the_accuracy_before_any_training():
+    document = lottery()
+    assert 'id="figure-start"' not in render(document)
+    document["arms"] += [
+        row | {"metric": "test_accuracy_at_start"}
+        for row in document["arms"]
+        if row["metric"] == "test_accuracy"
+    ]
+    made = render(document)
+    assert 'id="figure-start"' in made
+    assert "Test accuracy before any training (%)" in made

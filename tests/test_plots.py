@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -89,6 +90,9 @@ def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
+at_start = partial(plots.accuracy, metric="test_accuracy_at_start")
+
+
 def texts(figure: Figure) -> str:
     return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
 
@@ -98,6 +102,7 @@ def texts(figure: Figure) -> str:
     ("draw", "metric", "scale"),
     [
         (plots.accuracy, "test_accuracy", 100),
+        (at_start, "test_accuracy_at_start", 100),
         (plots.early_stop, "early_stop_step", 1),
         (plots.overlap, "mask_overlap", 1),
     ],

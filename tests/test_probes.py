@@ -327,7 +327,9 @@ def test_a_network_without_batch_norm_is_refused_before_the_start():
 # -- the family -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["laboratory", "matrices", "flatness", "biases"])
+@pytest.mark.parametrize(
+    "kind", ["laboratory", "matrices", "flatness", "biases", "chain", "stability"]
+)
 def test_every_experiment_has_a_name_costs_and_metrics(kind):
     experiment = decode(Experiment, kind)
     assert experiments.num_steps(experiment) > 0

@@ -4,21 +4,36 @@ import itertools
 
 import pytest
 import torch
+from networks import Tiny, outset
 
 from windfall import masks, seeds, spec
-from windfall.criteria import Criterion, Evidence, Magnitude, MagnitudeIncrease, Random
+from windfall.criteria import (
+    Criterion,
+    Evidence,
+    LargeInit,
+    Magnitude,
+    MagnitudeIncrease,
+    Movement,
+    Random,
+)
 from windfall.prune import Continue, LearningRate, Prune, Rewind, ToStep
-from windfall.selection import Global, Layerwise, Ratios
+from windfall.saliency import Grasp, Snip, Synflow
+from windfall.selection import Global, Layerwise, Ratios, SmartRatios
 from windfall.spec import SpecError
 
 SHAPES = {"conv.weight": (6, 3, 3, 3), "hidden.weight": (20, 12), "output.weight": (5, 20)}
 KINDS = {"conv.weight": "convolution", "hidden.weight": "hidden", "output.weight": "output"}
 LEVELS = 5
+SMALLER = {"snip": Snip(batch_size=20), "synflow": Synflow(rounds=5)}
+SELECTIONS = (Layerwise(), Global(), Ratios(removed=(0.1, 0.3, 0.05)), SmartRatios())
 EVERY = [
-    pytest.param(Prune(criterion=criterion, selection=selection), id=f"{criterion}-{selection}")
+    pytest.param(
+        Prune(criterion=SMALLER.get(criterion, criterion), selection=selection),
+        id=f"{criterion}-{selection}",
+    )
     for criterion, member in spec.members(Criterion).items()
     if member.prunes == "weights"
-    for selection in (Layerwise(), Global(), Ratios(removed=(0.1, 0.3, 0.05)))
+    for selection in SELECTIONS
 ]
 
 
@@ -27,12 +42,18 @@ def weights(seed):
     return {name: torch.from_numpy(draw.standard_normal(shape)) for name, shape in SHAPES.items()}
 
 
+def seen(trained, level, seed=0):
+    shape = Tiny(SHAPES).input_shape
+    begun = outset(lambda: Tiny(SHAPES), weights(0), shape, num_classes=5)
+    return Evidence(weights(0), trained, seed, level, outset=begun)
+
+
 def chain(prune, *, is_frozen=False):
     """The masks of a chain whose weights change from level to level, or not."""
     alive = masks.ones(weights(0), SHAPES)
     for level in range(1, LEVELS + 1):
         trained = masks.apply(alive, weights(1 if is_frozen else level))
-        alive = prune.masks(Evidence(weights(0), trained, seed=0, level=level), alive, KINDS)
+        alive = prune.masks(seen(trained, level), alive, KINDS)
         yield alive
 
 
@@ -52,17 +73,20 @@ class TestEveryCriterionWithEverySelection:
         assert Prune.from_json(prune.to_json()) == prune
 
 
-@pytest.mark.parametrize("criterion", [Magnitude(), MagnitudeIncrease()])
+@pytest.mark.parametrize(
+    "criterion", [Magnitude(), MagnitudeIncrease(), LargeInit(), Movement()], ids=str
+)
 @pytest.mark.parametrize("selection", [Layerwise(), Global()])
 def test_at_once_and_level_by_level_agree_where_the_weights_do_not_change(criterion, selection):
     prune = Prune(criterion=criterion, selection=selection)
     for level, found in enumerate(chain(prune, is_frozen=True), start=1):
-        seen = Evidence(weights(0), weights(1), seed=0, level=level)
-        at_once = prune.masks(seen, masks.ones(weights(0), SHAPES), KINDS)
+        at_once = prune.masks(seen(weights(1), level), masks.ones(weights(0), SHAPES), KINDS)
         assert all(torch.equal(found[name], at_once[name]) for name in SHAPES)
 
 
-@pytest.mark.parametrize("criterion", [Magnitude(), Random(), MagnitudeIncrease()])
+@pytest.mark.parametrize(
+    "criterion", [Magnitude(), Random(), MagnitudeIncrease(), Snip(batch_size=20), Grasp()], ids=str
+)
 def test_at_rate_0_nothing_is_pruned(criterion):
     for selection in (Layerwise(hidden=0, convolution=0, output=0), Global(rate=0)):
         for found in chain(Prune(criterion=criterion, selection=selection)):
@@ -77,18 +101,17 @@ def test_the_defaults_are_the_papers():
 
 def test_four_weights_are_pruned_as_by_hand():
     trained = {"w": torch.tensor([0.3, -0.9, 0.1, -0.2])}
-    seen = Evidence(trained, trained, seed=0, level=1)
+    evidence = Evidence(trained, trained, seed=0, level=1)
     found = Prune(selection=Layerwise(hidden=0.5)).masks(
-        seen, masks.ones(trained, trained), {"w": "hidden"}
+        evidence, masks.ones(trained, trained), {"w": "hidden"}
     )
     assert found["w"].tolist() == [True, True, False, False]
 
 
 def test_a_diverged_network_cannot_be_pruned():
     trained = {**weights(0), "hidden.weight": torch.full((20, 12), float("nan"))}
-    seen = Evidence(weights(0), trained, seed=0, level=1)
     with pytest.raises(SpecError, match=r"finite number; got NaN .* diverged"):
-        Prune().masks(seen, masks.ones(trained, SHAPES), KINDS)
+        Prune().masks(seen(trained, 1), masks.ones(trained, SHAPES), KINDS)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +131,10 @@ def test_a_diverged_network_cannot_be_pruned():
         (
             {"criterion": "gate", "structure": "blocks"},
             r"`selection` layerwise must go with structure weights or channels; got blocks",
+        ),
+        (
+            {"criterion": "filter-norm", "selection": "smart-ratios", "structure": "channels"},
+            r"`selection` smart-ratios must go with structure weights; got channels",
         ),
         ({"selection": "positive"}, r"positive must go with structure channels or blocks; got wei"),
         ({"criterion": "gate", "structure": "channels"}, r"removes, channels; got gate, which"),

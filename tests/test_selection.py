@@ -16,6 +16,10 @@ from windfall.selection import (
     Published,
     Ratios,
     Selection,
+    SmartRatios,
+    apportioned,
+    best,
+    eased,
     highest,
     remaining,
     uniform,
@@ -34,6 +38,9 @@ SELECTIONS = [
     Global(rate=0.3, exclude=("output",)),
     Global(rate=0.3, exclude=("hidden", "output")),
     Ratios(removed=(0.25, 0.4, 0.1)),
+    SmartRatios(),
+    SmartRatios(rate=0.4, output=0.1, steep=True),
+    SmartRatios(rate=0.02),
 ]
 
 
@@ -258,6 +265,79 @@ class TestEverySelection:
 def test_every_member_is_tested():
     tested = {type(selection) for selection in SELECTIONS}
     assert tested | {Published, Positive} == set(spec.members(Selection).values())
+
+
+# -- smart ratios -------------------------------------------------------------------------------
+
+
+def test_smart_ratios_are_the_numbers_by_hand():
+    # Of L = 4 layers p = 20, 12, 6 beside the output's 300: 100 - 30 are spread as 20 : 12 : 6.
+    totals = {"a": 100, "b": 100, "c": 100, "output": 100}
+    kinds = {**dict.fromkeys("abc", "convolution"), "output": "output"}
+    found = SmartRatios(rate=0.75).counts(totals, kinds, 1)
+    assert found == {"a": 37, "b": 22, "c": 11, "output": 30}  # 36.8, 22.1, 11.05
+    # steep: p = 20, 3, 2/3; the first takes 59.2, 8.9, 2.0
+    found = SmartRatios(rate=0.75, steep=True).counts(totals, kinds, 1)
+    assert found == {"a": 60, "b": 9, "c": 1, "output": 30}
+
+
+def test_what_a_full_layer_cannot_take_goes_to_the_others_and_last_to_the_output():
+    totals = {"a": 10, "b": 100, "c": 100, "output": 10}
+    kinds = {**dict.fromkeys("abc", "convolution"), "output": "output"}
+    found = SmartRatios(rate=0.4).counts(totals, kinds, 1)  # 132 - 3 - 10 as 12 : 6
+    assert found == {"a": 10, "b": 80, "c": 39, "output": 3}
+    found = SmartRatios(rate=0.01).counts(totals, kinds, 1)  # 218 of 220
+    assert found == {"a": 10, "b": 100, "c": 100, "output": 8}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5, 0.9])
+def test_smart_ratios_keep_the_total_exactly(rate):
+    counts = SmartRatios(rate=rate).counts(SIZES, KINDS, 1)
+    assert sum(counts.values()) == remaining(sum(SIZES.values()), rate, 1)
+
+
+def test_smart_ratios_that_would_empty_a_layer_are_refused():
+    with pytest.raises(SpecError, match=r"got 0 of `conv\.weight` at level 3"):
+        SmartRatios(rate=0.7).counts(SIZES, KINDS, 3)  # 14 are left; the output has 30
+
+
+def test_one_more_to_spread_is_one_more_for_one_tensor():
+    """Largest remainders would take from one to give to another (the Alabama paradox)."""
+    totals = {"a": 7, "b": 30, "c": 12, "d": 1}
+    weights = {"a": Fraction(5), "b": Fraction(2), "c": Fraction(3), "d": Fraction(1, 7)}
+    before = dict.fromkeys(totals, 0)
+    for count in range(1, 51):
+        found = apportioned(totals, weights, count)
+        assert sum(found.values()) == count
+        assert sorted(found[name] - before[name] for name in totals) == [0, 0, 0, 1]
+        before = found
+    assert apportioned(totals, weights, 99) == totals
+
+
+# -- a part of the way --------------------------------------------------------------------------
+
+
+def test_counts_are_eased_from_all_to_those_stated_geometrically():
+    counts = {"": 4, "output.weight": 25}
+    pool = SIZES["conv.weight"] + SIZES["hidden.weight"]
+    assert eased(counts, everything(), 0) == {"": pool, "output.weight": 100}
+    assert eased(counts, everything(), 1) == counts
+    middle = eased(counts, everything(), 0.5)
+    assert middle == {"": round((pool * 4) ** 0.5), "output.weight": 50}
+
+
+def test_no_eased_count_exceeds_what_is_alive():
+    alive = everything()
+    alive["output.weight"][1:] = False
+    assert eased({"": 4, "output.weight": 10}, alive, 0.1)["output.weight"] == 20
+
+
+def test_the_best_of_stated_counts_are_a_selections():
+    for selection in SELECTIONS:
+        counts = selection.counts(SIZES, KINDS, 2)
+        found = best(scores(), everything(), counts)
+        assert same(found, selection.select(scores(), everything(), KINDS, 2))
+        assert list(found) == list(SHAPES)
 
 
 # -- all above 0 --------------------------------------------------------------------------------

@@ -316,6 +316,7 @@ def test_scratch_b_takes_the_papers_epochs(target, epochs):
     [
         ({"arms": ["dense", "shuffled"]}, "`arms` must not include `shuffled` where"),
         ({"arms": ["dense", "random"]}, "`arms` must not include `random` where"),
+        ({"arms": ["signed-constant"]}, "not include `signed-constant` .* of single weights' sign"),
         ({"arms": ["dense", "ticket"], "metric": "mask_overlap"}, "`metric` must be of a training"),
     ],
 )

@@ -119,6 +119,28 @@ def test_every_mean_and_interval_is_that_of_the_runs_it_names(lab):
             assert run["value"] == expected[found["metric"]]
 
 
+@pytest.mark.parametrize("status", ["done", "diverged"])
+def test_a_study_of_supermasks_is_about_the_accuracy_before_any_training(lab, status):
+    graph = expand(study(metric="test_accuracy_at_start"))
+    fill(lab, graph, noisy, status=status)
+    document = summed(graph, lab)
+    rows = [r for r in document["arms"] if r["metric"] == "test_accuracy_at_start"]
+    assert {(r["arm"], r["level"]) for r in rows} == {(n.arm, n.level) for n in graph.nodes}
+    for run in (run for row in rows for run in row["runs"]):
+        first = lab.record(run["address"]).evaluations[0]
+        assert run["value"] == first.test_accuracy
+        assert first.step == graph.runs[run["address"]].clock[0]
+    assert {r["metric"] for r in document["verdicts"]} == {"test_accuracy_at_start"}
+    assert {"test_accuracy", "early_stop_step"} <= {r["metric"] for r in document["arms"]}
+
+
+def test_other_studies_tell_no_accuracy_at_the_start(lab):
+    graph = expand(study())
+    fill(lab, graph, noisy)
+    document = summed(graph, lab)
+    assert "test_accuracy_at_start" not in {row["metric"] for row in document["arms"]}
+
+
 def test_every_row_tells_the_budget_that_its_runs_were_granted(lab):
     graph = expand(study())
     fill(lab, graph, noisy)

@@ -1,14 +1,17 @@
 """Tickets: what every pruned run begins with, and the proof of it."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from networks import Tiny, outset
 
 from windfall import masks, seeds, spec, tickets
 from windfall.criteria import Criterion
 from windfall.prune import Continue, LearningRate, Prune, Rewind, ToStep
 from windfall.runs import Fresh, Pruned
+from windfall.saliency import Saliency
 from windfall.selection import Global, Layerwise, uniform
 from windfall.spec import SpecError
 from windfall.tickets import BrokenTicket, Lineage, begin, prove
@@ -92,7 +95,9 @@ def lineage(weights=None, optimizer="adam", **dense):
             source = state(77, optimizer=None)
         case _:
             source = parent
-    return Lineage(initial, parent, source)
+    shape = Tiny(SHAPES).input_shape
+    begun = outset(lambda: Tiny(SHAPES), initial.params, shape, 3, num_examples=150)
+    return Lineage(initial, parent, source, begun)
 
 
 def every_tensor(of):
@@ -194,6 +199,15 @@ def test_what_the_parent_had_lost_is_not_found_again_by_any_criterion(criterion)
     prune, family = Prune(criterion=criterion), lineage()
     begun = begin(start(prune=prune), family, KINDS, seed=0)
     assert masks.escaped(begun.masks, family.parent.masks) == []
+
+
+@pytest.mark.parametrize("criterion", [*spec.members(Saliency), "large-init"])
+def test_a_mask_at_initialization_does_not_depend_on_the_training(criterion):
+    prune = Prune(criterion=criterion)
+    family = lineage(masked={})
+    other = replace(family, parent=state(51))
+    found = [begin(start(prune=prune, level=1), each, KINDS, 0).masks for each in (family, other)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in PRUNED)
 
 
 def test_the_children_of_a_dense_network_are_pruned_from_all_of_it():

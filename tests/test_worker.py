@@ -101,6 +101,20 @@ class Family:
         start = Fresh(initialization=run.start.initialization, stream="reinit")
         return self.workshop.initial(run, start).params
 
+    def signs(self, arm: str) -> dict[str, Tensor]:
+        """What survivors start from in an arm that is about signs."""
+        if arm == "signed-reinit":
+            return self.signed(self.fresh(), self.initial())
+        return self.constant(self.initial() if arm == "signed-constant" else self.fresh())
+
+    def constant(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The signs of some weights, times the deviation that theta_0 has in their layer."""
+        deviations = {n: w.std(correction=0).expand_as(w) for n, w in self.initial().items()}
+        return self.signed(self.initial() | deviations, like)
+
+    def signed(self, sizes: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: w.copysign(like[n]) if w.ndim == 2 else w for n, w in sizes.items()}
+
     def trained(self, arm: str, level: int) -> dict[str, Tensor]:
         return self.lab.weights(self.address(arm, level)).params
 
@@ -138,10 +152,10 @@ class Family:
                 return self.found("ticket", level), self.fresh()
             case "shuffled" | "random":
                 return stored, self.fresh()
-            case "other-order":
-                return self.found("other-order", level), self.initial()
-            case "other-init":
-                return self.found("other-init", level), self.initial("other-init")
+            case "signed-reinit" | "signed-constant" | "random-constant":
+                return self.found("ticket", level), self.signs(arm)
+            case "other-order" | "other-init":
+                return self.found(arm, level), self.initial(arm)
         raise AssertionError(f"the definition of {arm} is to be written here")
 
 
@@ -223,6 +237,28 @@ def test_the_other_chains_share_one_thing_each(family):
     }
     assert looks["other-order"][0] == looks["dense"][0] != looks["other-init"][0]
     assert looks["other-order"][-1] != looks["dense"][-1]
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grasp", "synflow", "large-init"])
+def test_masks_at_initialization_are_of_theta_0_and_their_controls_share_them(criterion, lab):
+    prune = {"criterion": criterion, "selection": {"kind": "global", "rate": 0.6}}
+    how = {"prune": prune, "one_shot": True, "num_seeds": 1}
+    of = small.graph(arms=["ticket", "reinit", "shuffled", "signed-constant"], **how)
+    small.train(of, lab)
+    found = {(node.arm, node.level): lab.masks(node.address) for node in of.nodes}
+    longer = small.graph({"steps": 80}, arms=["ticket"], **how)
+    small.train(longer, lab)
+    again = {(node.arm, node.level): lab.masks(node.address) for node in longer.nodes}
+    for level in LEVELS:
+        mask = found["ticket", level]
+        kept = sum(int(each.sum()) for each in mask.values())
+        assert kept == of.counts[level] == round(1232 * 0.4**level)
+        for same in (found["reinit", level], found["signed-constant", level]):
+            assert all(torch.equal(mask[name], same[name]) for name in mask)
+        assert all(torch.equal(mask[name], again["ticket", level][name]) for name in mask)
+        other = found["shuffled", level]
+        assert [int(m.sum()) for m in mask.values()] == [int(m.sum()) for m in other.values()]
+        assert not all(torch.equal(mask[name], other[name]) for name in mask)
 
 
 def test_a_snapshot_is_the_dense_run_at_that_step(family, lab):

@@ -82,7 +82,11 @@ class Family:
 
     def fresh(self, budget: Budget | None = None) -> Fresh:
         """theta_0', the same for every control of a seed."""
-        return Fresh(initialization=self.initialization, stream="reinit", budget=budget)
+        return self.begun(stream="reinit", budget=budget)
+
+    def begun(self, **how: Any) -> Fresh:
+        """theta_0, or what `Fresh` makes of it and of theta_0' when told how."""
+        return Fresh(initialization=self.initialization, **how)
 
     def steps(self, fraction: float) -> int:
         """A fraction of the recipe's steps, at least 1."""
@@ -232,6 +236,41 @@ class Random(Spec):
         return family.on_ticket_mask(level, weights=family.fresh(), arrange="uniform")
 
 
+class SignedReinit(Spec):
+    """The ticket's mask on magnitudes of theta_0' with the signs of theta_0: the signs alone.
+
+    Source: Zhou et al. 2019 (1905.01067), section 3.2 (reinit, same sign).
+    """
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        begun = family.begun(stream="reinit", signs="init")
+        return family.on_ticket_mask(level, weights=begun)
+
+
+class SignedConstant(Spec):
+    """The ticket's mask on signs of theta_0, times the deviation of their layer in theta_0.
+
+    Source: Zhou et al. 2019 (1905.01067), section 3.2 (constant, same sign).
+    """
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=family.begun(magnitudes="constant"))
+
+
+class RandomConstant(Spec):
+    """As `SignedConstant`, with the signs of theta_0': neither signs nor magnitudes are inherited.
+
+    Source: Zhou et al. 2019 (1905.01067), section 3.2 (constant, random sign).
+    """
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        begun = family.begun(magnitudes="constant", signs="reinit")
+        return family.on_ticket_mask(level, weights=begun)
+
+
 class OtherOrder(Spec):
     """A ticket chain of the same theta_0 that sees the data in another order."""
 
@@ -321,6 +360,9 @@ class UniformWidth(Spec):
 Design = Guided | Transferred | UniformWidth
 DESIGNS = tuple(tag(member) for member in (Guided, Transferred, UniformWidth))  # not pruned
 
+ARRANGED = tuple(tag(member) for member in (Shuffled, Random))  # of masks, not of channels
+SIGNED = tuple(tag(member) for member in (SignedReinit, SignedConstant, RandomConstant))
+
 Arm = Annotated[
     Dense
     | Ticket
@@ -333,6 +375,9 @@ Arm = Annotated[
     | Scratch_B_Plus
     | Shuffled
     | Random
+    | SignedReinit
+    | SignedConstant
+    | RandomConstant
     | OtherOrder
     | OtherInit
     | Guided
@@ -404,6 +449,11 @@ EFFECTS = (
     Effect("architecture", "reinit", "random", "is it the architecture, the two together?"),
     Effect("guided", "guided", "uniform-width", "is it the allocation over stages?"),
     Effect("transferred", "transferred", "uniform-width", "does that allocation carry over?"),
+    Effect("signs", "signed-reinit", "reinit", "is it the signs that theta_0 has?"),
+    Effect("constant", "signed-constant", "random-constant", "and where magnitudes are all one?"),
+    Effect(
+        "signs-alone", "signed-constant", "ticket", "do the signs alone suffice?", "non-inferior"
+    ),
     Effect("rewinding", "rewind", "ticket", "is it luck after the first steps?"),
     Effect(
         "same-init", "other-order", "other-init", "does theta_0 fix the mask?", measures="overlap"

@@ -218,6 +218,35 @@ def biases(
         display.show(display.biases(document))
 
 
+@app.command()
+def check(
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RUN",
+            help="The zoo's vgg-11 ..., your package.module:function, or a run's address.",
+        ),
+    ],
+    set_: Set = None,
+    lab: LabFolder = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="An HTML page to write besides.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what goes through a network, layer by layer, what ails it, and the remedy."""
+    with _told():
+        document = verbs.check(which, settings(set_), lab=lab, output=output)
+        if as_json:
+            _print_json(document)
+            return
+        from windfall import checkup, display
+
+        display.show(checkup.table(document))
+        if output is not None:
+            print(f"Page: {output}")
+
+
 @data_app.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="mnist, fashion-mnist, cifar10, ...")],

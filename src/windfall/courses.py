@@ -220,7 +220,8 @@ class _Crew:
                     self.events.put((name, {"done": True, "failed": reason}))
 
     def _did(self, process: "subprocess.Popen[str]", name: str, experiment: Any, seed: int) -> bool:
-        job = {"lab": str(self.lab.folder.resolve()), "experiment": experiment.to_json()}
+        told = experiment.to_json(addressed=False)  # where its data lie, too
+        job = {"lab": str(self.lab.folder.resolve()), "experiment": told}
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(canonical(job | {"seed": seed}) + "\n")

@@ -2,7 +2,8 @@
 
 A criterion scores every prunable weight; the highest scores stay. It may see the weights at
 initialization (theta_0) and after training (theta_T). Scores are finite, of the weights' shape.
-The family holds the criteria for channels and blocks (`filters`) too.
+The family holds the criteria that need the network before its training (`saliency`) and those for
+channels and blocks (`filters`) too.
 
     scores = Magnitude().score(Evidence(initial, trained, seed=0, level=1), names)
 """
@@ -17,6 +18,7 @@ from windfall import seeds
 from windfall.evidence import Evidence
 from windfall.filters import FeatureReconstruction, FilterNorm, Gate, NormalizationScale, Thinet
 from windfall.masks import Scores
+from windfall.saliency import Grasp, Snip, Synflow
 from windfall.spec import FAMILY, Spec
 from windfall.structure import Unit
 
@@ -60,6 +62,50 @@ class MagnitudeIncrease(Spec):
         return {name: evidence.trained[name].abs() - evidence.initial[name].abs() for name in names}
 
 
+class LargeInit(Spec):
+    """Keep the weights that began large: s = |theta_0|. Magnitude at initialization.
+
+    Source: Zhou et al. 2019 (1905.01067), section 3.
+    """
+
+    prunes: ClassVar[Unit] = "weights"
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """Scores per weight name."""
+        return {name: evidence.initial[name].abs() for name in names}
+
+
+class Movement(Spec):
+    """Keep the weights that moved most: s = |theta_T - theta_0|.
+
+    Source: Zhou et al. 2019 (1905.01067), section 3.
+    """
+
+    prunes: ClassVar[Unit] = "weights"
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """Scores per weight name."""
+        return {name: (evidence.trained[name] - evidence.initial[name]).abs() for name in names}
+
+
+class LargeFinalSameSign(Spec):
+    """Keep the weights that ended large with the sign they began with: s = max(0, theta_T sign).
+
+    sign is that of theta_0. Weights that changed it score 0; of those the earlier stay.
+
+    Source: Zhou et al. 2019 (1905.01067), section 5: the mask of supermasks.
+    """
+
+    prunes: ClassVar[Unit] = "weights"
+
+    def score(self, evidence: Evidence, names: Iterable[str]) -> Scores:
+        """Scores per weight name, at least 0."""
+        return {
+            name: (evidence.trained[name] * evidence.initial[name].sign()).clamp(min=0)
+            for name in names
+        }
+
+
 def _uniform(evidence: Evidence, index: int, like: Tensor) -> Tensor:
     draws = seeds.stream(evidence.seed, "prune", evidence.level, index).random(like.numel())
     return torch.from_numpy(draws).reshape(like.shape)
@@ -69,6 +115,12 @@ Criterion = Annotated[
     Magnitude
     | Random
     | MagnitudeIncrease
+    | LargeInit
+    | Movement
+    | LargeFinalSameSign
+    | Snip
+    | Grasp
+    | Synflow
     | FilterNorm
     | NormalizationScale
     | Thinet
@@ -77,4 +129,13 @@ Criterion = Annotated[
     FAMILY,
 ]
 
-__all__ = ["Criterion", "Evidence", "Magnitude", "MagnitudeIncrease", "Random"]
+__all__ = [
+    "Criterion",
+    "Evidence",
+    "LargeFinalSameSign",
+    "LargeInit",
+    "Magnitude",
+    "MagnitudeIncrease",
+    "Movement",
+    "Random",
+]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from windfall import luck
+from windfall import contingency, luck
 from windfall.experiments import num_steps, training_flops
 from windfall.luck import LaboratoryStudy
 from windfall.measures import Outcome
@@ -58,7 +58,7 @@ def document(
         ],
         "winner": None,
         "notes": notes,
-        "answer": luck.answer(study, decided),
+        "answer": [*luck.answer(study, decided), *contingency.told(rows)],
         "estimate": None,
         "training_seconds": sum(facts["seconds"] for _, facts in found.values()),
         "versions": next((facts["versions"] for _, facts in found.values()), {}),

@@ -9,27 +9,38 @@ from typing import Annotated
 import torch
 
 from windfall import laboratory, measures, simulation, train
+from windfall.children import Stability
 from windfall.course import SCORES, Course
 from windfall.laboratory import Laboratory, Training
+from windfall.levels import Chain
 from windfall.masks import Params
-from windfall.measures import Outcome
-from windfall.probes import Biases, Flatness
+from windfall.measures import Outcome, Readings
+from windfall.probes import Biases, Flatness, Propagation
 from windfall.simulation import Matrices
 from windfall.spec import FAMILY, Json
+from windfall.trainability import Trainability
 
-Experiment = Annotated[Laboratory | Matrices | Flatness | Biases, FAMILY]
-AnyExperiment = Laboratory | Matrices | Flatness | Biases
+AnyExperiment = (
+    Laboratory | Matrices | Flatness | Biases | Chain | Stability | Propagation | Trainability
+)
+Experiment = Annotated[AnyExperiment, FAMILY]
 AnyState = laboratory.State | train.State
 Pulse = Callable[[int, Callable[[], AnyState]], None]
 
 
-def parent(experiment: AnyExperiment) -> Laboratory | None:
+_TRAINED = Biases | Chain | Stability | Trainability  # by an engine, on a recipe
+_ALONE = Matrices | Biases | Propagation | Trainability  # they begin from nothing else
+
+
+def parent(experiment: AnyExperiment) -> AnyExperiment | None:
     """The experiment that it begins from, of the same seed; most have none."""
-    return experiment.parent() if isinstance(experiment, Laboratory | Flatness) else None
+    return None if isinstance(experiment, _ALONE) else experiment.parent()
 
 
 def trial(experiment: AnyExperiment) -> AnyExperiment:
-    """An experiment without a parent whose steps take as long."""
+    """An experiment without a parent whose steps take as long, or longer where it is pruned."""
+    if isinstance(experiment, Chain | Stability):
+        return experiment.trial()
     if isinstance(experiment, Flatness):
         experiment = experiment.parent()
     if isinstance(experiment, Laboratory) and experiment.subset:
@@ -46,7 +57,7 @@ def check(experiment: AnyExperiment) -> None:
 
 def restored(experiment: AnyExperiment, tensors: Params, facts: Json) -> AnyState:
     """The state of a training that was stopped."""
-    kind = train.State if isinstance(experiment, Biases) else laboratory.State
+    kind = train.State if isinstance(experiment, _TRAINED) else laboratory.State
     return kind.restored(tensors, facts)
 
 
@@ -70,9 +81,17 @@ def run(
     """
     if isinstance(experiment, Matrices):
         return matrix_course(experiment, seed)
+    if isinstance(experiment, Propagation):
+        return experiment.run(seed)
+    if isinstance(experiment, Trainability):  # several trainings: a stopped one begins again
+        return experiment.run(seed, lambda step: pulse(step, lambda: train.State(step, {}, {})))
     if isinstance(experiment, Biases):
         assert not isinstance(state, laboratory.State)
         return experiment.run(seed, state, pulse)
+    if isinstance(experiment, Chain | Stability):
+        assert not isinstance(state, laboratory.State)
+        assert grown is None or isinstance(grown, Readings)
+        return experiment.run(seed, grown, state, pulse)
     assert grown is None or isinstance(grown, Course)
     if isinstance(experiment, Flatness):
         assert grown is not None
@@ -101,15 +120,17 @@ def matrix_course(settings: Matrices, seed: int) -> Course:
 
 def metrics(experiment: AnyExperiment) -> list[str]:
     """The names of all that is measured of it; where it has many layers, not of each."""
-    if isinstance(experiment, Flatness | Biases):
-        return experiment.metrics()
     if isinstance(experiment, Laboratory):
         return measures.metrics(experiment.layers, is_subset=experiment.subset is not None)
+    if not isinstance(experiment, Matrices):
+        return experiment.metrics()
     return [name for name in measures.metrics(["hidden1"]) if name not in measures.SCORED[1:]]
 
 
 def num_steps(experiment: AnyExperiment) -> int:
-    """The steps of one training."""
+    """The steps of one training; of a chain and of children, those that they begin from too."""
+    if isinstance(experiment, Chain | Stability | Propagation | Trainability):
+        return experiment.num_steps()
     if isinstance(experiment, Biases):
         return experiment.recipe.steps
     if isinstance(experiment, Flatness):
@@ -119,19 +140,19 @@ def num_steps(experiment: AnyExperiment) -> int:
 
 def num_macs(experiment: AnyExperiment) -> int:
     """Multiply-adds of its network for one input; of a subset, those of its most nodes."""
-    if isinstance(experiment, Biases):
-        return experiment.num_macs()
     if isinstance(experiment, Flatness):
         return experiment.laboratory.num_macs()
-    if isinstance(experiment, Laboratory):
+    if not isinstance(experiment, Matrices):
         return experiment.num_macs()
     num_inputs, num_nodes, num_outputs = experiment.sizes
     return experiment.multi * num_nodes * (num_inputs + num_outputs)
 
 
 def _batch_size(experiment: AnyExperiment) -> int:
-    if isinstance(experiment, Biases):
+    if isinstance(experiment, _TRAINED):
         return experiment.recipe.batch_size
+    if isinstance(experiment, Propagation):
+        return experiment.num_points
     within = experiment.laboratory if isinstance(experiment, Flatness) else experiment
     return within.batch_size
 

@@ -138,11 +138,13 @@ class Rebuilt:
         network: masked, in evaluation mode.
         inputs: of the validation part, as the network is given them; None where it cannot be read.
         reason: why it cannot.
+        labels: of the validation part, [sample].
     """
 
     network: nn.Module
     inputs: Tensor | None
     reason: str | None
+    labels: Tensor | None = None
 
 
 def rebuilt(lab: Lab, address: str) -> Rebuilt:
@@ -157,8 +159,10 @@ def rebuilt(lab: Lab, address: str) -> Rebuilt:
     """
     subject = _subject(lab, address)
     data, dtype = subject.data, subject.run.recipe.torch_dtype
-    inputs = None if data is None else data.prepare(data.validation.inputs, dtype)
-    return Rebuilt(subject.network(), inputs, subject.reason)
+    if data is None:
+        return Rebuilt(subject.network(), None, subject.reason)
+    inputs = data.prepare(data.validation.inputs, dtype)
+    return Rebuilt(subject.network(), inputs, None, data.validation.labels)
 
 
 # -- the run ---------------------------------------------------------------------------------------

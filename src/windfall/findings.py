@@ -18,6 +18,7 @@ from windfall.store import Lab
 from windfall.train import early_stop
 
 TRAINING = ("test_accuracy", "test_accuracy_at_early_stop", "early_stop_step")
+AT_START = "test_accuracy_at_start"  # told where a study is about it: of supermasks
 DESCRIBED = ("distance",)  # told of every arm, compared in no table
 FEWER_IS_BETTER = "early_stop_step"
 
@@ -113,6 +114,8 @@ class Findings:
         if record is None:
             return None
         first = self.plan["clocks"][node.address][0]
+        if metric == AT_START:
+            return record.evaluations[0].test_accuracy
         if record.status == "diverged" and metric not in DESCRIBED:
             never = metric == FEWER_IS_BETTER
             return float(self.budget(node)["steps"]) if never else 1 / self.plan["num_classes"]
@@ -151,7 +154,9 @@ class Findings:
 
     def _metrics(self) -> list[str]:
         layers = [f"mask_overlap/{name}" for name in self.plan["sizes"]]
-        return ["mask_overlap", *layers] if self.is_overlap else list(TRAINING)
+        if self.is_overlap:
+            return ["mask_overlap", *layers]
+        return list(dict.fromkeys([*TRAINING, self.plan["metric"]]))
 
     def _told(self) -> list[str]:
         return self._metrics() + ([] if self.is_overlap else list(DESCRIBED))

@@ -4,7 +4,7 @@ measured(course, "alignment/hidden1")
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,21 +28,29 @@ class Readings:
         steps: [time], int64, ascending.
         values: by the metric's name, [time], float64.
         diverged: True when the training's last loss was NaN or infinite.
+        kept: tensors that other experiments begin from; most have none.
     """
 
     steps: Tensor
     values: Params
     diverged: bool = False
+    kept: Params = field(default_factory=dict[str, Tensor])
 
     def tensors(self) -> Params:
         """Everything under one flat set of names, for a file."""
-        return {"steps": self.steps} | {f"values/{n}": v for n, v in self.values.items()}
+        parts = {"values": self.values, "kept": self.kept}
+        flat = {f"{part}/{n}": v for part, tensors in parts.items() for n, v in tensors.items()}
+        return {"steps": self.steps} | flat
 
     @classmethod
     def restored(cls, tensors: Params, *, diverged: bool) -> "Readings":
         """The readings that `tensors` describe."""
-        kept = {n.removeprefix("values/"): v for n, v in tensors.items() if n != "steps"}
-        return cls(tensors["steps"], ordered(kept), diverged)
+
+        def under(prefix: str) -> Params:
+            held = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            return ordered(held)
+
+        return cls(tensors["steps"], under("values/"), diverged, under("kept/"))
 
 
 Outcome = Course | Readings

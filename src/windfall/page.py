@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from windfall import drawing, plots, words
 from windfall.arms import EFFECTS
 from windfall.drawing import Number, Row
+from windfall.findings import AT_START
 
 Document = Mapping[str, Any]
 
@@ -40,6 +41,7 @@ class Metric(NamedTuple):
 METRICS = {
     "test_accuracy": Metric("Test accuracy at the last step", 100, 2, "%", " pp"),
     "test_accuracy_at_early_stop": Metric("Test accuracy at the early stop", 100, 2, "%", " pp"),
+    AT_START: Metric("Test accuracy before any training", 100, 2, "%", " pp"),
     "early_stop_step": Metric("Step of the early stop", 1, 0, "", " steps"),
     "distance": Metric("Distance of the weights from where they began (L2)"),
     "mask_overlap": Metric("Mask overlap, whole network"),
@@ -55,6 +57,9 @@ ARMS = {
     "reinit": "the ticket's mask, from a fresh initialization",
     "shuffled": "that mask permuted inside each layer, from the same fresh initialization",
     "random": "as many weights anywhere in the network, from the same fresh initialization",
+    "signed-reinit": "the ticket's mask, fresh magnitudes with the original initialization's signs",
+    "signed-constant": "the ticket's mask, those signs with one magnitude in each layer",
+    "random-constant": "the ticket's mask, fresh signs with that magnitude",
     "scratch-e": "the physically smaller network, fresh, for as many epochs as the dense one",
     "scratch-b": "the physically smaller network, fresh, for as many FLOPs as the dense one",
     "scratch-b-plus": "as scratch-b, the steps of fine-tuning granted too",
@@ -197,6 +202,7 @@ def _drawings(document: Document) -> Iterator[tuple[str, Drawing]]:
     of_masks = [row for row in arms if (row["arm"], row["level"]) in masked]
     for metric, key, draw in (
         ("test_accuracy", "accuracy", plots.accuracy),
+        (AT_START, "start", functools.partial(plots.accuracy, metric=AT_START)),
         ("early_stop_step", "early_stop", plots.early_stop),
         ("mask_overlap", "overlap", plots.overlap),
     ):

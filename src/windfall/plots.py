@@ -36,6 +36,12 @@ ALONE = ("guided", "transferred", "uniform-width")  # not pruned: no line from t
 _FADE = LinearSegmentedColormap.from_list("fade", [COLORS["leaf"] + "00", COLORS["leaf"]])
 
 
+_WHEN = {
+    "test_accuracy_at_early_stop": " at the early stop",
+    "test_accuracy_at_start": " before any training",
+}
+
+
 @drawing.styled
 def accuracy(rows: Table, *, metric: str = "test_accuracy", width_inches: float = WIDE) -> Figure:
     """Accuracy against the density of the network, one line per arm.
@@ -51,8 +57,7 @@ def accuracy(rows: Table, *, metric: str = "test_accuracy", width_inches: float 
         width_inches: Width of the figure; its height and the number of tick labels follow.
     """
     figure, axes = _against_density(rows, metric, 100.0, width_inches)
-    at = " at the early stop" if metric == "test_accuracy_at_early_stop" else ""
-    axes.set_title(f"Test accuracy{at} (%)")
+    axes.set_title(f"Test accuracy{_WHEN.get(metric, '')} (%)")
     return figure
 
 

@@ -224,6 +224,8 @@ def readings(found: Found, names: Sequence[str], *, width_inches: float = WIDE) 
         names: of the readings.
         width_inches: of the figure.
     """
+    if all(len(one.steps) == 1 for each in found.values() for one in each):
+        return _standings(found, names, width_inches)
     figure, panels = _panels(len(names), width_inches, 1.6, is_shared=False)
     for name, axes in zip(names, panels, strict=True):
         having = {arm: [one for one in each if name in one.values] for arm, each in found.items()}
@@ -234,6 +236,26 @@ def readings(found: Found, names: Sequence[str], *, width_inches: float = WIDE) 
         _arms(axes, having, line)
         _stepped(axes, name)
     drawing.legend(figure, panels, width_inches)
+    return figure
+
+
+def _standings(found: Found, names: Sequence[str], width_inches: float) -> Figure:
+    """Readings of one moment: a place on the horizontal axis for each arm, a dot for each seed."""
+    figure, panels = _panels(len(names), width_inches, 1.8, is_shared=False)
+    for name, axes in zip(names, panels, strict=True):
+        for place, each in enumerate(found.values()):
+            values = [float(one.values[name][-1]) for one in _whole(each) if name in one.values]
+            if values:
+                axes.plot([place] * len(values), values, ".", color=color(place), alpha=0.35)
+                axes.plot(place, float(np.mean(values)), "o", color=color(place))
+            if len(values) > 1:
+                ends = stats.mean_interval(values) or ()
+                axes.plot([place, place], ends, color=color(place), linewidth=2)
+        axes.set_title(name)
+        axes.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=6)
+        axes.set_xlim(-0.5, len(found) - 0.5)
+        axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
+        axes.tick_params(length=0)
     return figure
 
 

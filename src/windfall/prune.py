@@ -7,15 +7,18 @@ blocks = Prune(criterion="gate", selection="positive", structure="blocks")
 thinet = Prune(criterion="thinet", structure="channels", adjust="rescale")
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from windfall import selection as selecting
 from windfall.adjust import Adjust, Refit, Rescale
 from windfall.criteria import Criterion, Evidence, Magnitude
-from windfall.masks import Masks
+from windfall.masks import Masks, sizes
 from windfall.models import Kind
-from windfall.selection import Layerwise, Positive, Published, Selection
+from windfall.saliency import Synflow
+from windfall.selection import Layerwise, Positive, Published, Selection, SmartRatios
 from windfall.spec import FAMILY, Spec, later, tag
 from windfall.structure import Unit
 from windfall.units import Structure, Weights
@@ -23,6 +26,7 @@ from windfall.units import Structure, Weights
 # What selects or adjusts only some units; a selection by kinds of layers has no rate for blocks.
 ONLY: dict[type, tuple[Unit, ...]] = {
     Layerwise: ("weights", "channels"),
+    SmartRatios: ("weights",),
     Published: ("channels",),
     Positive: ("channels", "blocks"),
     Rescale: ("channels",),
@@ -76,8 +80,20 @@ class Prune(Spec):
         Raises:
             SpecError: when a tensor would be emptied; the message names it.
         """
-        scores = self.criterion.score(evidence, alive)
+        if isinstance(self.criterion, Synflow):
+            counts = self.selection.counts(sizes(alive), kinds, evidence.level)
+            alive = self._eased(evidence, alive, counts, self.criterion.rounds)
+        scores = self.criterion.score(replace(evidence, alive=alive), alive)
         return self.selection.select(scores, alive, kinds, evidence.level)
+
+    def _eased(
+        self, evidence: Evidence, alive: Masks, counts: dict[str, int], rounds: int
+    ) -> Masks:
+        """The masks that all rounds but the last leave."""
+        for index in range(1, rounds):
+            scores = self.criterion.score(replace(evidence, alive=alive), alive)
+            alive = selecting.best(scores, alive, selecting.eased(counts, alive, index / rounds))
+        return alive
 
 
 class ToStep(Spec):

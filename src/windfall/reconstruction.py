@@ -26,6 +26,7 @@ from windfall import seeds
 from windfall.initialize import Transposed
 from windfall.spec import SpecError
 from windfall.structure import Group
+from windfall.weightnorm import WeightNormed
 
 Array = npt.NDArray[np.float64]
 Reader = nn.Linear | nn.Conv2d
@@ -80,7 +81,7 @@ def readers(network: nn.Module, group: Group) -> list[str]:
 
     Raises:
         SpecError: when there is none, or one is neither linear nor a convolution of images without
-            groups; the message names it.
+            groups, or is weight-normalized; the message names it.
     """
     names: list[str] = []
     for slot in group.slots:
@@ -89,11 +90,12 @@ def readers(network: nn.Module, group: Group) -> list[str]:
             names.append(slot.tensor)
     for name in names:
         layer = network.get_submodule(name.removesuffix(".weight"))
-        if not isinstance(layer, Reader) or getattr(layer, "groups", 1) > 1:
+        is_grouped = getattr(layer, "groups", 1) > 1
+        if not isinstance(layer, Reader) or is_grouped or isinstance(layer, WeightNormed):
             raise SpecError(
                 "`prune.criterion` must be one that looks at no layer's inputs where a layer is"
-                f" neither linear nor a convolution of images without groups; `{name}` is of a"
-                f" {type(layer).__name__}. Use filter-norm."
+                " neither linear nor a convolution of images without groups, or is"
+                f" weight-normalized; `{name}` is of a {type(layer).__name__}. Use filter-norm."
             )
     if not names:
         raise SpecError(

@@ -56,12 +56,17 @@ class Fresh(Spec):
         stream: the random stream of the draws, `init` (theta_0) or `reinit` (theta_0').
         seed: of the draws; None is the run's own.
         budget: what its number of steps follows from; None is the recipe's.
+        signs: the stream of the draws whose signs the weights of layers have; None is `stream`.
+        magnitudes: of the weights of layers, as `drawn`; or `constant`: in each layer the standard
+            deviation of what was drawn.
     """
 
     initialization: Initialization = GlorotNormal()
     stream: Literal["init", "reinit"] = "init"
     seed: int | None = Field(default=None, ge=0)
     budget: Budget | None = later(None, absent=None)
+    signs: Literal["init", "reinit"] | None = later(None, absent=None)
+    magnitudes: Literal["drawn", "constant"] = later("drawn", absent="drawn")
 
 
 class Pruned(Spec):

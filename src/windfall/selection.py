@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from windfall.masks import Masks, Scores, flat, sizes
+from windfall.masks import Masks, Scores, flat, kept, sizes
 from windfall.models import Kind
 from windfall.spec import FAMILY, Spec, SpecError
 
@@ -65,9 +65,44 @@ def _refuse_empty(
     return counts
 
 
-def _each(scores: Scores, alive: Masks, counts: dict[str, int]) -> Masks:
-    """The highest of each tensor by itself."""
-    return {name: highest(scores[name], mask, counts[name]) for name, mask in alive.items()}
+def best(scores: Scores, alive: Masks, counts: dict[str, int]) -> Masks:
+    """The masks of the highest scores, of stated counts, nested in `alive`.
+
+    Args:
+        scores: by tensor.
+        alive: masks by tensor.
+        counts: as a selection states them: of a tensor by its name; of all those without one
+            together under "", and of each of these the best stays whatever its score.
+    """
+    own = {n: highest(scores[n], mask, counts[n]) for n, mask in alive.items() if n in counts}
+    pool = {name: mask for name, mask in alive.items() if name not in counts}
+    if not pool:
+        return own
+    joined = torch.cat([scores[name].flatten() for name in pool])
+    firsts = flat({name: highest(scores[name], mask, 1) for name, mask in pool.items()})
+    others = highest(joined, flat(pool) & ~firsts, counts[""] - len(pool))
+    chosen = (firsts | others).split([mask.numel() for mask in pool.values()])
+    own |= {n: part.reshape(pool[n].shape) for n, part in zip(pool, chosen, strict=True)}
+    return {name: own[name] for name in alive}
+
+
+def eased(counts: dict[str, int], alive: Masks, share: float) -> dict[str, int]:
+    """Counts a part of the way from whole tensors to those stated: n (c / n)^share, rounded.
+
+    Args:
+        counts: c, as a selection states them, in all n that there are.
+        alive: masks by tensor, which no count exceeds.
+        share: of the way, in [0, 1]; at 1 they are the counts stated.
+    """
+    pools = {name: [name] for name in counts if name}
+    pools |= {"": [name for name in alive if name not in counts]} if "" in counts else {}
+    whole, left = sizes(alive), kept(alive)
+    found = dict[str, int]()
+    for pool, names in pools.items():
+        size = sum(whole[name] for name in names)
+        count = round(size * (counts[pool] / size) ** share)
+        found[pool] = min(max(count, counts[pool]), sum(left[name] for name in names))
+    return found
 
 
 class Layerwise(Spec):
@@ -101,7 +136,7 @@ class Layerwise(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        return _each(scores, alive, self.counts(sizes(alive), kinds, level))
+        return best(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
 class Global(Spec):
@@ -150,14 +185,7 @@ class Global(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        pool = {n: mask for n, mask in alive.items() if kinds.get(n) not in self.exclude}
-        count = self.counts(sizes(alive), kinds, level)[""]
-        joined = torch.cat([scores[name].flatten() for name in pool])
-        best = flat({name: highest(scores[name], mask, 1) for name, mask in pool.items()})
-        others = highest(joined, flat(pool) & ~best, count - len(pool))
-        chosen = (best | others).split([mask.numel() for mask in pool.values()])
-        new = {n: part.reshape(pool[n].shape) for n, part in zip(pool, chosen, strict=True)}
-        return {name: new.get(name, mask.clone()) for name, mask in alive.items()}
+        return best(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
 class Ratios(Spec):
@@ -187,7 +215,7 @@ class Ratios(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        return _each(scores, alive, self.counts(sizes(alive), kinds, level))
+        return best(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
 class Positive(Spec):
@@ -206,7 +234,94 @@ class Positive(Spec):
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:  # noqa: ARG002
         """The masks of a level, nested in `alive`."""
         counts = {name: int((scores[name][mask] > 0).sum()) for name, mask in alive.items()}
-        return _each(scores, alive, {name: max(1, count) for name, count in counts.items()})
+        return best(scores, alive, {name: max(1, count) for name, count in counts.items()})
+
+
+class SmartRatios(Spec):
+    """Each tensor by itself, the less of it the deeper it lies; the total is exact.
+
+    Of L tensors, number l from the input keeps a fraction in proportion to
+    p_l = (L - l + 1)^2 + (L - l + 1), at most all of it; the output layer keeps a fraction of its
+    own. With the criterion `random` these are the paper's random tickets.
+
+    Source: Su et al. 2020 (2009.11094), section 4 (smart ratios).
+
+    Note:
+        What a full tensor cannot take is shared by those that are not full in proportion to their
+        p; in the released code it goes to the next. There every fully connected layer keeps
+        `output`; here only the last, or networks of such layers would have no ratios. Counts are
+        made whole by the highest averages (D'Hondt), so that levels are nested.
+
+    Args:
+        rate: fraction of all survivors removed per level, in [0, 1).
+        output: fraction of the output layer kept at every level, in (0, 1], or more where no other
+            layer has room.
+        steep: p_l is also divided by l^2, as the paper does for VGG.
+    """
+
+    rate: Rate = 0.2
+    output: float = Field(default=0.3, gt=0, le=1)
+    steep: bool = False
+
+    def counts(self, totals: dict[str, int], kinds: dict[str, Kind], level: int) -> dict[str, int]:
+        """The count each tensor keeps at a level, from the tensors' sizes.
+
+        Raises:
+            SpecError: when a tensor would be emptied; the message names it.
+        """
+        outputs = {n: size for n, size in totals.items() if kinds.get(n) == "output"}
+        others = {n: size for n, size in totals.items() if n not in outputs}
+        count = remaining(sum(totals.values()), self.rate, level)
+        least = {n: round(size * _decimal(self.output)) for n, size in outputs.items()}
+        spread = apportioned(others, self._weights(totals), max(0, count - sum(least.values())))
+        extra = {n: size - least[n] for n, size in outputs.items()}
+        beyond = max(0, count - sum(least.values()) - sum(spread.values()))
+        more = apportioned(extra, dict.fromkeys(extra, Fraction(1)), beyond)
+        found = spread | {n: least[n] + more[n] for n in outputs}
+        return _refuse_empty({n: found[n] for n in totals}, level, "`rate`, `output`")
+
+    def _weights(self, totals: dict[str, int]) -> dict[str, Fraction]:
+        depth = len(totals)
+        return {
+            name: Fraction((depth - index) * (depth - index + 1), (index + 1) ** (2 * self.steep))
+            for index, name in enumerate(totals)
+        }
+
+    def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
+        """The masks of a level, nested in `alive`."""
+        return best(scores, alive, self.counts(sizes(alive), kinds, level))
+
+
+def apportioned(totals: dict[str, int], weights: dict[str, Fraction], count: int) -> dict[str, int]:
+    """A count spread over tensors at densities in proportion to weights, none above 1.
+
+    One more to spread is one more for one tensor, and less for none: highest averages (D'Hondt),
+    ties by position.
+
+    Args:
+        totals: each tensor's size.
+        weights: above 0, of each tensor.
+        count: to spread; if the tensors are smaller than it, all of them are full.
+    """
+    claims = {name: size * weights[name] for name, size in totals.items() if size}
+    count = min(count, sum(totals.values()))
+    level = _filled(totals, claims, count)
+    found = {n: min(size, int(level * claims.get(n, 0))) for n, size in totals.items()}
+    for _ in range(count - sum(found.values())):
+        open_ones = [name for name in claims if found[name] < totals[name]]
+        found[min(open_ones, key=lambda name: (found[name] + 1) / claims[name])] += 1
+    return found
+
+
+def _filled(totals: dict[str, int], claims: dict[str, Fraction], count: int) -> Fraction:
+    """The level s at which min(size, s claim) adds up to the count."""
+    full = 0
+    rest = sum(claims.values(), Fraction(0))
+    for name in sorted(claims, key=lambda name: Fraction(totals[name]) / claims[name]):
+        if (count - full) * claims[name] <= totals[name] * rest:
+            return (count - full) / rest
+        full, rest = full + totals[name], rest - claims[name]
+    return Fraction(max(totals.values(), default=0))
 
 
 Target = Literal["vgg-16-a", "resnet-56-a", "resnet-56-b", "resnet-110-a", "resnet-110-b"]
@@ -265,10 +380,10 @@ class Published(Spec):
 
     def select(self, scores: Scores, alive: Masks, kinds: dict[str, Kind], level: int) -> Masks:
         """The masks of a level, nested in `alive`."""
-        return _each(scores, alive, self.counts(sizes(alive), kinds, level))
+        return best(scores, alive, self.counts(sizes(alive), kinds, level))
 
 
-Selection = Annotated[Layerwise | Global | Ratios | Published | Positive, FAMILY]
+Selection = Annotated[Layerwise | Global | Ratios | SmartRatios | Published | Positive, FAMILY]
 
 
 def uniform(totals: dict[str, int], count: int) -> dict[str, int]:

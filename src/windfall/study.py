@@ -10,7 +10,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from windfall import prune as pruning
 from windfall.arms import (
+    ARRANGED,
     SHIFT,
+    SIGNED,
     Arm,
     Dense,
     Design,
@@ -30,7 +32,13 @@ from windfall.sparsity import GatePenalty
 from windfall.spec import Spec, SpecError, tag, unaddressed
 from windfall.train import Recipe
 
-Metric = Literal["test_accuracy", "test_accuracy_at_early_stop", "early_stop_step", "mask_overlap"]
+Metric = Literal[
+    "test_accuracy",
+    "test_accuracy_at_early_stop",
+    "test_accuracy_at_start",
+    "early_stop_step",
+    "mask_overlap",
+]
 
 
 def _given(data: Any) -> Any:
@@ -123,10 +131,11 @@ class Study(Spec):
 
     def _fits_groups(self, kinds: list[str], structure: str) -> None:
         for kind in kinds:
-            if kind in ("shuffled", "random"):
+            if kind in (*ARRANGED, *SIGNED):
+                what = "arranges masks" if kind in ARRANGED else "is of single weights' signs"
                 raise ValueError(
                     f"`arms` must not include `{kind}` where `prune.structure` is {structure}: it"
-                    " arranges masks"
+                    f" {what}"
                 )
         if self.metric == "mask_overlap":
             raise ValueError(

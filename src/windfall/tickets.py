@@ -15,6 +15,7 @@ from windfall import masks as masking
 from windfall import seeds, structure
 from windfall.adjust import Removal
 from windfall.criteria import Evidence
+from windfall.evidence import Outset
 from windfall.masks import Masks, Params
 from windfall.models import Kind
 from windfall.prune import Continue, LearningRate, ToStep
@@ -37,17 +38,25 @@ class Lineage:
         initial: theta_0, the chain's initial state.
         parent: theta_T, the parent's state at the end of its training.
         source: the state that the survivors start from: theta_k, theta_T or theta_0'.
+        outset: the chain's network before its training; None where no criterion looks at it.
     """
 
     initial: State
     parent: State
     source: State
+    outset: Outset | None = None
 
 
 def found(start: Pruned, lineage: Lineage, kinds: dict[str, Kind], seed: int) -> Masks:
     """The masks that pruning the parent finds, nested in the parent's and of exact counts."""
     alive = lineage.parent.masks or masking.ones(lineage.parent.params, kinds)
-    evidence = Evidence(lineage.initial.params, lineage.parent.params, seed, start.level)
+    evidence = Evidence(
+        lineage.initial.params,
+        lineage.parent.params,
+        seed,
+        start.level,
+        outset=lineage.outset,
+    )
     return start.prune.masks(evidence, alive, kinds)
 
 

@@ -35,6 +35,7 @@ from windfall.structure import (
     shrunk,
     tensors,
 )
+from windfall.weightnorm import WeightNormed
 
 ROOTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that make channels
 TRACE_SECONDS, TRACE_BYTES = 60.0, 2 * 2**30
@@ -246,13 +247,12 @@ def _axes(part: nn.Module, *, makes: bool) -> list[tuple[str, int]] | None:
         return [("weight", 0)] if part.num_parameters > 1 else []
     if not isinstance(part, Layer):
         return None if any(True for _ in part.parameters(recurse=False)) else []
+    beside = [("bias", 0), ("gain", 0)] if isinstance(part, WeightNormed) else [("bias", 0)]
     if is_depthwise(part):
-        return [("weight", 0), ("bias", 0)]
+        return [("weight", 0), *beside]
     if isinstance(part, Transposed):
-        return (
-            None if part.groups > 1 else [("weight", 1), ("bias", 0)] if makes else [("weight", 0)]
-        )
-    return [("weight", 0), ("bias", 0)] if makes else [("weight", 1)]
+        return None if part.groups > 1 else [("weight", 1), *beside] if makes else [("weight", 0)]
+    return [("weight", 0), *beside] if makes else [("weight", 1)]
 
 
 # -- blocks ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from windfall import (
+    checkup,
     costs,
     courses,
     exhibit,
@@ -435,6 +436,43 @@ def biases(which: str | Path, *, lab: str | Path | None = None) -> Json:
         found = weights.trained(place, _address(place, str(which), others, weights.PRETRAINED))
     told = found.document()
     return told | {"answer": words.biases(told)}
+
+
+def check(
+    which: Any,
+    settings: Settings | None = None,
+    *,
+    lab: str | Path | None = None,
+    output: str | Path | None = None,
+) -> Json:
+    """What goes through a network, layer by layer, and what ails it.
+
+    Args:
+        which: a network's name in the zoo, a `Model`, a callable that returns an `nn.Module` or its
+            name, `package.module:function`; or the beginning of a finished run's address.
+        settings: of a `checkup.Checkup` by path, of a run those of a `checkup.Batch`.
+        lab: as in `run`; of a run alone.
+        output: the HTML file to write besides.
+
+    Returns:
+        What `checkup.examined` tells.
+
+    Raises:
+        SpecError: when there is no such network, or it cannot be built, called or differentiated.
+    """
+    if checkup.is_fresh(which):
+        subject = checkup.fresh(checkup.checkup(which, settings or {}))
+    else:
+        place = Lab(lab_folder(lab), readonly=True)
+        others = "a network of the zoo, or a function that makes one, `package.module:function`"
+        address = _address(place, which, others, checkup.zoo())
+        subject = checkup.of_run(place, address, settings or {})
+    document = checkup.examined(subject)
+    if output is not None:
+        from windfall.depths import render as render_checkup
+
+        _write(render_checkup(document), Path(output))
+    return document
 
 
 def _names_study(which: str) -> bool:

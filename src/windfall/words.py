@@ -13,6 +13,7 @@ _CAUSES = {
     "weights": "the weights it inherited",
     "weights-e": "the weights it inherited, against scratch for as many steps",
     "weights-b": "the weights it inherited, against scratch at the dense network's budget",
+    "signs": "the signs it began with",
     "connectivity": "which connections were kept",
     "allocation": "how many each layer kept",
 }
@@ -24,6 +25,7 @@ _LEADS = {  # what heads the answer of a suite, the first that it has
 _METRICS = {
     "test_accuracy": "test accuracy at the last step",
     "test_accuracy_at_early_stop": "test accuracy at the early stop",
+    "test_accuracy_at_start": "test accuracy before any training",
     "early_stop_step": "steps to the early stop",
     "distance": "distance of the weights from where they began (L2)",
     "mask_overlap": "overlap of the masks (Jaccard)",

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from windfall import data as datasets
-from windfall import flops, models, seeds, structure, tickets
-from windfall.data import Dataset
+from windfall import flops, initialize, models, seeds, signs, structure, tickets
+from windfall.data import Dataset, Order
 from windfall.engines import dispatch, rule
 from windfall.engines.contract import Task
 from windfall.engines.replay import Tell
+from windfall.evidence import Outset
 from windfall.initialize import initial_parameters
-from windfall.masks import Masks
+from windfall.masks import Masks, Params
 from windfall.prune import Continue, ToStep
 from windfall.runs import Fresh, Pruned, Run
 from windfall.spec import Json, SpecError, digest, tag
@@ -208,8 +209,24 @@ class Workshop:
         def build() -> nn.Module:
             return made_smaller(run.model.build(data.input_shape, data.num_classes))
 
-        params, buffers = initial_parameters(build, fresh.initialization, seed, fresh.stream)
+        def drawn(stream: str) -> tuple[Params, Params]:
+            batch = lambda: self._first_batch(run, seed)  # noqa: E731
+            return initial_parameters(build, fresh.initialization, seed, stream, batch)
+
+        params, buffers = drawn(fresh.stream)
+        names = [name for name, _ in initialize.layers(self.network(run))]
+        if fresh.magnitudes == "constant":
+            params = signs.constant(params, names)
+        if fresh.signs is not None:
+            params = signs.signed(params, drawn(fresh.signs)[0], names)
         return State(0, params, buffers)
+
+    def _first_batch(self, run: Run, seed: int) -> Tensor:
+        """The inputs that a training of this seed begins with, for schemes that look at data."""
+        data = self.data(run)
+        order = Order(seed, len(data.train), run.recipe.batch_size)
+        first = torch.from_numpy(order.batch(0)).to(self.device)
+        return data.prepare(data.train.inputs[first], torch.float64)
 
     def beginning(self, run: Run) -> State:
         """The state at the first step of a run, made from its ancestors in the lab and proved.
@@ -220,7 +237,8 @@ class Workshop:
         """
         if isinstance(run.start, Fresh):
             return self.initial(run, run.start)
-        kinds = models.kinds(self.network(run), self.data(run).input_shape)
+        network = self.network(run)
+        kinds = models.kinds(network, self.data(run).input_shape)
         origin_address, origin = self._origin(run.start.parent)
         assert isinstance(origin.start, Fresh)
         initial = self.initial(origin, origin.start)
@@ -240,7 +258,7 @@ class Workshop:
                 f"`start.weights.step` must be one that run {origin_address[:12]} came by; got"
                 f" {run.clock[0]}, and it had diverged before."
             )
-        lineage = tickets.Lineage(initial, parent, source)
+        lineage = tickets.Lineage(initial, parent, source, self._outset(run, network, initial))
         if run.start.prune.is_structured:
             around = self._surroundings(run, run.start)
             state = tickets.begin_smaller(run.start, lineage, around, kinds, run.seed)
@@ -248,6 +266,16 @@ class Workshop:
             state = tickets.begin(run.start, lineage, kinds, run.seed)
         state.step = run.clock[0]
         return state
+
+    def _outset(self, run: Run, network: nn.Module, initial: State) -> Outset:
+        """The network of a run's chain before its training, to be made when it is looked at."""
+        data = self.data(run)
+        return Outset(
+            lambda: structure.given(network, initial.params | initial.buffers),
+            data.input_shape,
+            data.train.labels.cpu(),
+            lambda at: data.prepare(data.train.inputs[at], torch.float64).cpu(),
+        )
 
     def _surroundings(self, run: Run, start: Pruned) -> tickets.Surroundings:
         data, dtype, fresh = self.data(run), run.recipe.torch_dtype, start.weights

@@ -7,8 +7,8 @@ Each member builds an `nn.Module` that maps inputs [batch, *input_shape] to logi
     decode(ModelField, make_network) == decode(ModelField, "package.module:make_network")
     kinds(module, (3, 32, 32)) == {"conv1.weight": "convolution", ..., "output.weight": "output"}
 
-In the order of reading, each importing only from those before it: `sizes`, `gates`; `plain`, `vgg`,
-`residual`, `preactivated`, `dense` (the zoo); `stages`; `user`; `inspection`.
+In the order of reading, each importing only from those before it: `sizes`, `gates`, `norms`;
+`plain`, `vgg`, `residual`, `preactivated`, `dense` (the zoo); `stages`; `user`; `inspection`.
 """
 
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Networks without normalization: fully connected ones, and the small ones on CIFAR-10."""
+"""Networks without batch normalization: fully connected ones, and the small ones on CIFAR-10."""
 
 import math
 from collections import OrderedDict
@@ -6,17 +6,18 @@ from collections import OrderedDict
 from pydantic import PositiveInt
 from torch import nn
 
+from windfall.models.norms import Norm, PlainNorm, conv, linear
 from windfall.models.sizes import Width, check_images, scaled
-from windfall.spec import Spec
+from windfall.spec import Spec, later
 
 
 def _head(
-    num_features: int, hidden: tuple[int, ...], width: float, num_classes: int
+    num_features: int, hidden: tuple[int, ...], width: float, num_classes: int, norm: Norm
 ) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"flatten": nn.Flatten()}
     for index, size in enumerate(hidden, start=1):
         wide = scaled(size, width)
-        parts[f"hidden{index}"] = nn.Linear(num_features, wide)
+        parts[f"hidden{index}"] = linear(num_features, wide, norm)
         parts[f"hidden{index}_relu"] = nn.ReLU()
         num_features = wide
     return parts | {"output": nn.Linear(num_features, num_classes)}
@@ -34,12 +35,12 @@ def _conv(
     for stage, size in enumerate(stages, start=1):
         for index in (2 * stage - 1, 2 * stage):
             wide = scaled(size, model.width)
-            parts[f"conv{index}"] = nn.Conv2d(channels, wide, kernel_size=3, padding=1)
+            parts[f"conv{index}"] = conv(channels, wide, model.norm)
             parts[f"conv{index}_relu"] = nn.ReLU()
             channels = wide
         parts[f"pool{stage}"] = nn.MaxPool2d(2)
         rows, columns = rows // 2, columns // 2
-    head = _head(channels * rows * columns, (256, 256), model.width, num_classes)
+    head = _head(channels * rows * columns, (256, 256), model.width, num_classes, model.norm)
     return nn.Sequential(OrderedDict(parts | head))
 
 
@@ -48,14 +49,17 @@ class Mlp(Spec):
 
     Args:
         hidden: the sizes of the hidden layers, each at least 1; none for a linear classifier.
+        width: factor on their sizes.
+        norm: what they, but for the output, normalize by.
     """
 
     hidden: tuple[PositiveInt, ...] = (100, 50)
     width: Width = 1.0
+    norm: PlainNorm = later("none", absent="none")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `hidden1`, ..., `output`."""
-        parts = _head(math.prod(input_shape), self.hidden, self.width, num_classes)
+        parts = _head(math.prod(input_shape), self.hidden, self.width, num_classes, self.norm)
         return nn.Sequential(OrderedDict(parts))
 
 
@@ -63,10 +67,12 @@ class Lenet_300_100(Spec):
     """Hidden layers of 300 and 100; 266,200 weights on MNIST. Source: 1803.03635, Fig. 2."""
 
     width: Width = 1.0
+    norm: PlainNorm = later("none", absent="none")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `hidden1`, `hidden2`, `output`."""
-        return Mlp(hidden=(300, 100), width=self.width).build(input_shape, num_classes)
+        whole = Mlp(hidden=(300, 100), width=self.width, norm=self.norm)
+        return whole.build(input_shape, num_classes)
 
 
 class Conv_2(Spec):
@@ -76,6 +82,7 @@ class Conv_2(Spec):
     """
 
     width: Width = 1.0
+    norm: PlainNorm = later("none", absent="none")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `conv2`, `hidden1`, `hidden2`, `output`."""
@@ -89,6 +96,7 @@ class Conv_4(Spec):
     """
 
     width: Width = 1.0
+    norm: PlainNorm = later("none", absent="none")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv4`, `hidden1`, `hidden2`, `output`."""
@@ -102,6 +110,7 @@ class Conv_6(Spec):
     """
 
     width: Width = 1.0
+    norm: PlainNorm = later("none", absent="none")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv6`, `hidden1`, `hidden2`, `output`."""

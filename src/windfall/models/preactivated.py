@@ -5,6 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from windfall.models.gates import Gate
+from windfall.models.norms import Norm, conv, normalization, only_batch
 from windfall.models.sizes import BlockStages, Width, check_images, scaled, staged
 from windfall.spec import Spec, later
 
@@ -16,10 +17,13 @@ _EXPANSION = 4  # a bottleneck gives so many times the channels of its 3 x 3 con
 class _Block(nn.Module):
     """Every convolution on relu(norm(.)) of what comes before it, gated; and the shortcut added.
 
+    Without batch normalization, the first convolution on the inputs and the others on relu(.).
+
     Args:
         channels: of the inputs.
         convs: of the residual branch, in order.
         stride: of the whole block.
+        norm: what it normalizes by.
         has_conv: the shortcut is a 1 x 1 convolution.
         is_gated: the branch is multiplied by a learned number.
     """
@@ -29,20 +33,22 @@ class _Block(nn.Module):
         channels: int,
         convs: list[nn.Conv2d],
         stride: int,
+        norm: Norm,
         *,
         has_conv: bool,
         is_gated: bool,
     ) -> None:
         super().__init__()
-        for index, conv in enumerate(convs, start=1):
-            self.add_module(f"norm{index}", nn.BatchNorm2d(conv.in_channels))
-            self.add_module(f"relu{index}", nn.ReLU())
-            self.add_module(f"conv{index}", conv)
+        for index, layer in enumerate(convs, start=1):
+            relu = only_batch(nn.ReLU(), norm) if index == 1 else nn.ReLU()
+            self.add_module(f"norm{index}", normalization(layer.in_channels, norm))
+            self.add_module(f"relu{index}", relu)
+            self.add_module(f"conv{index}", layer)
         self.num_convs = len(convs)
         self.shortcut: nn.Module = nn.Identity()
         if has_conv:
-            conv = nn.Conv2d(channels, convs[-1].out_channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(OrderedDict(conv=conv))
+            layer = conv(channels, convs[-1].out_channels, norm, 1, stride)
+            self.shortcut = nn.Sequential(OrderedDict(conv=layer))
         self.gate = Gate() if is_gated else None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -57,18 +63,15 @@ class _Block(nn.Module):
         return hidden + self.shortcut(inputs)
 
 
-def _basic(channels: int, inner: int, made: int, stride: int) -> list[nn.Conv2d]:
-    return [
-        nn.Conv2d(channels, inner, 3, stride, padding=1, bias=False),
-        nn.Conv2d(inner, made, 3, padding=1, bias=False),
-    ]
+def _basic(channels: int, inner: int, made: int, stride: int, norm: Norm) -> list[nn.Conv2d]:
+    return [conv(channels, inner, norm, stride=stride), conv(inner, made, norm)]
 
 
-def _bottleneck(channels: int, inner: int, made: int, stride: int) -> list[nn.Conv2d]:
+def _bottleneck(channels: int, inner: int, made: int, stride: int, norm: Norm) -> list[nn.Conv2d]:
     return [
-        nn.Conv2d(channels, inner, 1, bias=False),
-        nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False),
-        nn.Conv2d(inner, made, 1, bias=False),
+        conv(channels, inner, norm, 1),
+        conv(inner, inner, norm, stride=stride),
+        conv(inner, made, norm, 1),
     ]
 
 
@@ -83,22 +86,21 @@ def _preresnet(
     sizes = [times * scaled(size, model.width) for size in _CHANNELS]  # that blocks add to
     made = [staged(size, 1.0, model.shared, stage) for stage, size in enumerate(sizes)]
     channels = scaled(_CHANNELS[0], model.width) if is_deep else made[0]
-    parts: dict[str, nn.Module] = {
-        "conv1": nn.Conv2d(input_shape[0], channels, 3, padding=1, bias=False)
-    }
+    parts: dict[str, nn.Module] = {"conv1": conv(input_shape[0], channels, model.norm)}
     for stage, size in enumerate(_CHANNELS):
         inner = staged(size, model.width, model.stages, stage)
         blocks: dict[str, nn.Module] = {}
         for index in range(1, _BLOCKS + 1):
             stride = 2 if stage > 0 and index == 1 else 1
-            layers = convs(channels, inner, made[stage], stride)
+            layers = convs(channels, inner, made[stage], stride, model.norm)
             has_conv = index == 1 and (stage > 0 or is_deep)
             blocks[f"block{index}"] = _Block(
-                channels, layers, stride, has_conv=has_conv, is_gated=model.gates
+                channels, layers, stride, model.norm, has_conv=has_conv, is_gated=model.gates
             )
             channels = made[stage]
         parts[f"stage{stage + 1}"] = nn.Sequential(OrderedDict(blocks))
-    parts["norm"], parts["relu"] = nn.BatchNorm2d(channels), nn.ReLU()
+    parts["norm"] = normalization(channels, model.norm)
+    parts["relu"] = only_batch(nn.ReLU(), model.norm)
     parts["mean"], parts["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     parts["output"] = nn.Linear(channels, num_classes)
     return nn.Sequential(OrderedDict(parts))
@@ -118,12 +120,16 @@ class Preresnet_110(Spec):
         stages: three factors on each stage's channels inside its blocks, those between
             convolutions, beside the width; None is 1 for all.
         shared: the same on the channels that a stage's blocks add to.
+        norm: what it normalizes by. With `weight` or `none` every convolution has biases, and ReLU
+            stands between the convolutions of a block alone: x + conv(relu(conv(x))), as in
+            1906.02341.
     """
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
     stages: BlockStages = later(None, absent=None)
     shared: BlockStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -140,6 +146,7 @@ class Preresnet_164(Spec):
     gates: bool = later(False, absent=False)
     stages: BlockStages = later(None, absent=None)
     shared: BlockStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""

@@ -5,45 +5,45 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from windfall.models.gates import Gate
+from windfall.models.norms import Norm, conv, normalization, only_batch
 from windfall.models.sizes import BlockStages, Width, check_images, staged
 from windfall.spec import Spec, later
 
 _CHANNELS = (16, 32, 64)  # of the three stages
 
 
-def _conv(channels: int, wide: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False)
-
-
-def _shortcut(channels: int, wide: int, stride: int) -> nn.Module:
+def _shortcut(channels: int, wide: int, stride: int, norm: Norm) -> nn.Module:
     if stride == 1:
         return nn.Identity()
-    conv = nn.Conv2d(channels, wide, 1, stride, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(wide)))
+    parts = {"conv": conv(channels, wide, norm, 1, stride), "norm": normalization(wide, norm)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 class _Block(nn.Module):
     """relu(gate · norm(conv(relu(norm(conv(x))))) + shortcut(x)).
+
+    Without batch normalization, gate · conv(relu(conv(x))) + shortcut(x).
 
     Args:
         channels: of the inputs.
         inner: between the convolutions.
         wide: of the outputs.
         stride: of the whole block.
+        norm: what it normalizes by.
         is_gated: the branch is multiplied by a learned number.
     """
 
     def __init__(
-        self, channels: int, inner: int, wide: int, stride: int, *, is_gated: bool
+        self, channels: int, inner: int, wide: int, stride: int, norm: Norm, *, is_gated: bool
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, inner, stride)
-        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv1 = conv(channels, inner, norm, stride=stride)
+        self.norm1 = normalization(inner, norm)
         self.relu1 = nn.ReLU()
-        self.conv2 = _conv(inner, wide)
-        self.norm2 = nn.BatchNorm2d(wide)
-        self.shortcut = _shortcut(channels, wide, stride)
-        self.relu2 = nn.ReLU()
+        self.conv2 = conv(inner, wide, norm)
+        self.norm2 = normalization(wide, norm)
+        self.shortcut = _shortcut(channels, wide, stride, norm)
+        self.relu2 = only_batch(nn.ReLU(), norm)
         self.gate = Gate() if is_gated else None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -57,12 +57,17 @@ class _Block(nn.Module):
 
 
 def _stage(
-    channels: int, inner: int, wide: int, length: int, stride: int, *, is_gated: bool
-) -> nn.Module:
-    blocks = {"block1": _Block(channels, inner, wide, stride, is_gated=is_gated)}
-    for index in range(2, length + 1):
-        blocks[f"block{index}"] = _Block(wide, inner, wide, stride=1, is_gated=is_gated)
-    return nn.Sequential(OrderedDict(blocks))
+    model: "Resnet_20 | Resnet_56 | Resnet_110", stage: int, channels: int, length: int
+) -> tuple[nn.Module, int]:
+    """A stage, and the number of channels it makes."""
+    inner = staged(_CHANNELS[stage], model.width, model.stages, stage)
+    wide = staged(_CHANNELS[stage], model.width, model.shared, stage)
+    blocks: dict[str, nn.Module] = {}
+    for index in range(1, length + 1):
+        stride = 2 if stage > 0 and index == 1 else 1
+        block = _Block(channels, inner, wide, stride, model.norm, is_gated=model.gates)
+        blocks[f"block{index}"], channels = block, wide
+    return nn.Sequential(OrderedDict(blocks)), wide
 
 
 def _resnet(
@@ -74,17 +79,12 @@ def _resnet(
     check_images(model, input_shape, len(_CHANNELS) - 1)
     channels = staged(_CHANNELS[0], model.width, model.shared, 0)
     parts: dict[str, nn.Module] = {
-        "conv1": _conv(input_shape[0], channels),
-        "norm1": nn.BatchNorm2d(channels),
-        "relu1": nn.ReLU(),
+        "conv1": conv(input_shape[0], channels, model.norm),
+        "norm1": normalization(channels, model.norm),
+        "relu1": only_batch(nn.ReLU(), model.norm),
     }
-    for stage, size in enumerate(_CHANNELS):
-        inner = staged(size, model.width, model.stages, stage)
-        wide = staged(size, model.width, model.shared, stage)
-        stride = 1 if stage == 0 else 2
-        blocks = _stage(channels, inner, wide, length, stride, is_gated=model.gates)
-        parts[f"stage{stage + 1}"] = blocks
-        channels = wide
+    for stage in range(len(_CHANNELS)):
+        parts[f"stage{stage + 1}"], channels = _stage(model, stage, channels, length)
     parts["mean"] = nn.AdaptiveAvgPool2d(1)
     parts["flatten"] = nn.Flatten()
     parts["output"] = nn.Linear(channels, num_classes)
@@ -107,12 +107,16 @@ class Resnet_20(Spec):
         stages: three factors on each stage's channels inside its blocks, those between two
             convolutions, beside the width; None is 1 for all.
         shared: the same on the channels that a stage's blocks add to.
+        norm: what it normalizes by. With `weight` or `none` every convolution has biases, and there
+            is no ReLU behind the first one or a sum: a block is x + conv(relu(conv(x))), as in
+            1906.02341.
     """
 
     width: Width = 1.0
     gates: bool = later(False, absent=False)
     stages: BlockStages = later(None, absent=None)
     shared: BlockStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -129,6 +133,7 @@ class Resnet_56(Spec):
     gates: bool = later(False, absent=False)
     stages: BlockStages = later(None, absent=None)
     shared: BlockStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
@@ -145,6 +150,7 @@ class Resnet_110(Spec):
     gates: bool = later(False, absent=False)
     stages: BlockStages = later(None, absent=None)
     shared: BlockStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""

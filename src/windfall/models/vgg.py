@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from windfall.models.norms import Norm, conv, normalization
 from windfall.models.sizes import PoolStages, Width, check_images, staged
 from windfall.spec import Spec, later
 
@@ -25,9 +26,8 @@ def _vgg(
         wide = staged(size, model.width, model.stages, stage)
         for _ in range(length):
             index += 1
-            # Normalization subtracts any bias again.
-            parts[f"conv{index}"] = nn.Conv2d(channels, wide, 3, padding=1, bias=False)
-            parts[f"norm{index}"] = nn.BatchNorm2d(wide)
+            parts[f"conv{index}"] = conv(channels, wide, model.norm)
+            parts[f"norm{index}"] = normalization(wide, model.norm)
             parts[f"relu{index}"] = nn.ReLU()
             channels = wide
     parts["mean"] = nn.AdaptiveAvgPool2d(1)
@@ -48,11 +48,13 @@ class Vgg_11(Spec):
     Args:
         width: factor on all channels.
         stages: five factors on each stage's channels beside it; None is 1 for all.
+        norm: what it normalizes by. With `weight` or `none` every convolution has biases.
     """
 
     lengths: ClassVar[tuple[int, ...]] = (1, 1, 2, 2, 2)  # convolutions of each stage
     width: Width = 1.0
     stages: PoolStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv8`, `output`."""
@@ -68,6 +70,7 @@ class Vgg_13(Spec):
     lengths: ClassVar[tuple[int, ...]] = (2, 2, 2, 2, 2)  # convolutions of each stage
     width: Width = 1.0
     stages: PoolStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv10`, `output`."""
@@ -83,6 +86,7 @@ class Vgg_16(Spec):
     lengths: ClassVar[tuple[int, ...]] = (2, 2, 3, 3, 3)  # convolutions of each stage
     width: Width = 1.0
     stages: PoolStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv13`, `output`."""
@@ -99,6 +103,7 @@ class Vgg_19(Spec):
     lengths: ClassVar[tuple[int, ...]] = (2, 2, 4, 4, 4)  # convolutions of each stage
     width: Width = 1.0
     stages: PoolStages = later(None, absent=None)
+    norm: Norm = later("batch", absent="batch")
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1` to `conv16`, `output`."""
