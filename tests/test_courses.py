@@ -254,6 +254,23 @@ def test_profiles_show_every_arm_over_its_own_layers():
     assert lines["other"].get_ydata().tolist() == pytest.approx([0.1 * i for i in range(6)])
 
 
+def test_profiles_over_a_way_stand_at_its_shares():
+    values = {f"error/{share:.2f}": torch.tensor([share / 10]) for share in (0, 0.25, 0.5, 0.75, 1)}
+    found = {"ticket": [Readings(torch.tensor([4]), values)] * 2}
+    (axes,) = portraits.profiles(found, {"error": list(values)}).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+    assert axes.get_xlabel() == "Share of the way"
+
+
+def test_standings_have_a_place_for_each_arm_and_a_dot_for_each_seed():
+    one, other = (Readings(torch.tensor([4]), {"barrier": torch.tensor([v])}) for v in (0.1, 0.3))
+    (axes,) = portraits.readings({"a": [one, other], "b": [one]}, ["barrier"]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    dots = axes.lines[0]
+    assert dots.get_ydata() == pytest.approx([0.1, 0.3])
+    assert axes.lines[1].get_ydata() == pytest.approx([0.2])
+
+
 def test_figures_are_drawn_of_what_diverged_too():
     experiment = Laboratory(**EXPERIMENT | {"learning_rate": 1e9, "steps": 600})
     course = experiment.course(0)

@@ -3,6 +3,7 @@
 Each takes courses, and returns a matplotlib `Figure`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -263,11 +264,13 @@ def _standings(found: Found, names: Sequence[str], width_inches: float) -> Figur
 def profiles(
     found: Found, kinds: Mapping[str, Sequence[str]], *, width_inches: float = WIDE
 ) -> Figure:
-    """Readings at the end by layer, the lowest at the left: a panel for each kind.
+    """Readings at the end by place: a panel for each kind.
+
+    Places are layers, the lowest at the left, or numbers: shares of a way.
 
     Args:
         found: of every arm, one a seed.
-        kinds: the readings of each kind, layer by layer.
+        kinds: the readings of each kind, place by place.
         width_inches: of the figure.
     """
     figure = Figure(figsize=(width_inches, 2.4), layout="constrained")
@@ -280,16 +283,26 @@ def profiles(
 
         def line(whole: list[Readings], names: Sequence[str] = names) -> Line:
             ends = [[one.values[n][-1] for n in names if n in one.values] for one in whole]
-            return np.arange(1, len(ends[0]) + 1), [torch.stack(each) for each in ends]
+            places = _shares(names) or range(1, len(ends[0]) + 1)
+            return list(places), [torch.stack(each) for each in ends]
 
-        _arms(axes, having, line, "o-")
+        shares = _shares(names)
+        _arms(axes, having, line, "-" if shares else "o-")
         axes.set_title(kind)
-        axes.set_xlabel("Place in the network")
+        axes.set_xlabel("Share of the way" if shares else "Place in the network")
         axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
         axes.tick_params(length=0)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, None if shares else 1)
     drawing.legend(figure, panels, width_inches)
     return figure
+
+
+def _shares(names: Sequence[str]) -> list[float] | None:
+    """The numbers behind the strokes of names; None where some are words."""
+    places = [name.partition("/")[2] for name in names]
+    if not all(re.fullmatch(r"\d*\.\d+", place) for place in places):
+        return None
+    return [float(place) for place in places]
 
 
 def by_winner(rho: Tensor, won: Tensor) -> Tensor:
