@@ -851,5 +851,11 @@ def test_no_module_can_unpickle():
             if isinstance(node, ast.ImportFrom):
                 imported = [node.module or ""]
             assert not modules & {name.partition(".")[0] for name in imported}, path
-            if isinstance(node, ast.Call):
+            if isinstance(node, ast.Call) and not _reads_tensors_alone(node):
                 assert ast.unparse(node.func) not in calls, f"{path}:{node.lineno}"
+
+
+def _reads_tensors_alone(call):
+    """`torch.load(..., weights_only=True)` builds tensors and plain containers, and refuses code."""
+    told = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    return ast.unparse(call.func) == "torch.load" and told.get("weights_only") == "True"

@@ -9,7 +9,6 @@ to be read is refused. Nothing is downloaded.
 
 import hashlib
 import importlib
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -165,10 +164,10 @@ def read(path: Path) -> Found:
         held = _natural(safetensors.torch.load_file(path)) if is_safe else _loaded(path)
     except OSError as problem:
         raise _refused(path, problem.strerror or problem) from None
-    except pickle.UnpicklingError as problem:
-        raise _refused(path, _needed(str(problem))) from None
     except Exception as problem:  # whatever a reader raises of bytes that are no such file
-        raise _refused(path, _needed(f"{type(problem).__name__}: {problem}")) from None
+        kind = type(problem).__name__
+        said = str(problem) if kind == "UnpicklingError" else f"{kind}: {problem}"
+        raise _refused(path, _needed(said)) from None
     tensors = _own(_within(held))
     if not tensors:
         raise _refused(path, "it holds no tensors by name")
