@@ -856,6 +856,6 @@ def test_no_module_can_unpickle():
 
 
 def _reads_tensors_alone(call):
-    """`torch.load(..., weights_only=True)` builds tensors and plain containers, and refuses code."""
+    """`torch.load(..., weights_only=True)` builds tensors and plain tables, and refuses code."""
     told = {word.arg: ast.unparse(word.value) for word in call.keywords}
     return ast.unparse(call.func) == "torch.load" and told.get("weights_only") == "True"
