@@ -23,7 +23,7 @@ LAYERS = {
     "service, schedule, execute, courses",
     "outside": "latency, prospects, workload, trials, pace, costs, words, diagnosis, findings, "
     "patterns, tables, overview, results, exhibit, drawing, plots, portraits, page, gallery, "
-    "depths, display, bench, parcels, formats, exports, weights, checkup, verbs, cli",
+    "depths, showcase, display, bench, parcels, formats, exports, weights, checkup, verbs, cli",
 }
 ORDER = ", ".join(LAYERS.values()).split(", ")
 PACKAGE = Path(windfall.__path__[0])
