@@ -203,7 +203,7 @@ class Propagation(Spec):
     - `forward-deviation`: mean of |1 - |h_l| / |x||; `backward-deviation`: that of weight-gradient
       norms over |x| |δ|; `scaled-deviation`: the forward one times sqrt(width);
     - `forward-ratio`: mean of |h_L| / |x|, `forward-spread`: its standard deviation over points;
-    - `worst`: the largest |1 - |h_l|² / |x|²|; `bound`: what the theorem allows it, but for 5 %;
+    - `worst`: the largest |1 - |h_l|² / |x|²|; `bound`: see `propagation.bound`;
     - `forward/LAYER`, `backward/LAYER`: mean ratios of each layer.
 
     Source: Arpit & Bengio 2019 (1901.03611), figures 1, 2 and 6.
