@@ -292,7 +292,7 @@ def profiles(
         axes.set_xlabel("Share of the way" if shares else "Place in the network")
         axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
         axes.tick_params(length=0)
-        axes.set_ylim(0, None if shares else 1)
+        axes.set_ylim(bottom=0)
     drawing.legend(figure, panels, width_inches)
     return figure
 
