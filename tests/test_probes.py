@@ -12,7 +12,7 @@ from windfall.laboratory import Laboratory, Training
 from windfall.pretrained import Trained, pruned
 from windfall.probes import Biases, Flatness, steps_at
 from windfall.simulation import Matrices
-from windfall.spec import SpecError, checked, decode
+from windfall.spec import SpecError, checked, decode, members
 from windfall.students import Student, Subset
 from windfall.teachers import Teacher
 from windfall.train import Recipe
@@ -327,9 +327,7 @@ def test_a_network_without_batch_norm_is_refused_before_the_start():
 # -- the family -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind", ["laboratory", "matrices", "flatness", "biases", "chain", "stability"]
-)
+@pytest.mark.parametrize("kind", list(members(Experiment)))
 def test_every_experiment_has_a_name_costs_and_metrics(kind):
     experiment = decode(Experiment, kind)
     assert experiments.num_steps(experiment) > 0
@@ -339,18 +337,11 @@ def test_every_experiment_has_a_name_costs_and_metrics(kind):
     experiments.check(experiment)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "winners",
-        "winners-shallow",
-        "structured-or-random",
-        "flatness",
-        "bn-bias",
-        "luck",
-        "luck-matrices",
-    ],
-)
+LABORATORY = ["winners", "winners-shallow", "structured-or-random", "flatness", "bn-bias", "luck"]
+BEGUN = ["luck-matrices", "stability", "rewinding", "width-at-init", "depth", "residual-depth"]
+
+
+@pytest.mark.parametrize("name", LABORATORY + BEGUN)
 def test_bundled_studies_are_whole(name):
     found = settings.load(name)
     assert found.name == name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from windfall import propagation, seeds
-from windfall.probes import Propagation
+from windfall.probes import Growth, Propagation
 
 
 def points(num, dimension, seed=0):
@@ -88,3 +88,45 @@ def test_readings_have_the_names_that_are_promised():
     again, other = probe.run(0), probe.run(1)
     assert again.values == probe.run(0).values
     assert again.values["forward-ratio"] != other.values["forward-ratio"]
+
+
+# -- residual networks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gains", ["proposed", "one"])
+def test_residual_growth_is_that_of_the_formula_layer_by_layer(gains):
+    inputs = points(3, 4)
+    found = propagation.residual_growth(4, 3, inputs, gains, seed=5)
+    first, second = {"proposed": (2**0.5, 3**-0.5), "one": (1.0, 1.0)}[gains]
+
+    def drawn(layer):
+        q, r = torch.linalg.qr(
+            torch.from_numpy(seeds.stream(5, "residual-growth", layer).standard_normal((4, 4)))
+        )
+        return q * r.diagonal().sign()
+
+    for place, x in enumerate(inputs):
+        values = x
+        for block in range(3):
+            inner = (first * drawn(2 * block) @ values).clamp(min=0)
+            values = values + second * drawn(2 * block + 1) @ inner
+        assert float(found[place]) == pytest.approx(float(values.norm() / x.norm()))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 10, 100])
+def test_proposed_gains_grow_as_theory_within_five_percent(blocks):
+    ratios = [Growth(blocks=blocks).run(seed).values["growth-ratio"] for seed in range(5)]
+    assert float(sum(ratios) / 5) == pytest.approx(1, abs=0.05)
+    assert propagation.residual_theory(100, "proposed") == pytest.approx(
+        math.log10(1.645), abs=1e-3
+    )
+
+
+def test_what_overflows_is_a_finding_and_no_crash():
+    found = Growth(blocks=600, width=20, num_points=5, gains="one").run(0).values
+    assert float(found["overflows"]) == 1
+    assert float(found["log-growth"]) == 38.5
+    assert float(found["growth-ratio"]) == 0
+    whole = Growth(blocks=40, gains="one").run(0).values
+    assert float(whole["log-growth"]) == pytest.approx(math.log10(3325), abs=0.3)
+    assert set(whole) == set(Growth().metrics())

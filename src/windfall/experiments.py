@@ -15,21 +15,20 @@ from windfall.laboratory import Laboratory, Training
 from windfall.levels import Chain
 from windfall.masks import Params
 from windfall.measures import Outcome, Readings
-from windfall.probes import Biases, Flatness, Propagation
+from windfall.probes import Biases, Flatness, Growth, Propagation
 from windfall.simulation import Matrices
 from windfall.spec import FAMILY, Json
 from windfall.trainability import Trainability
 
-AnyExperiment = (
-    Laboratory | Matrices | Flatness | Biases | Chain | Stability | Propagation | Trainability
-)
+Begun = Propagation | Growth  # networks that are only begun, never trained
+AnyExperiment = Laboratory | Matrices | Flatness | Biases | Chain | Stability | Begun | Trainability
 Experiment = Annotated[AnyExperiment, FAMILY]
 AnyState = laboratory.State | train.State
 Pulse = Callable[[int, Callable[[], AnyState]], None]
 
 
 _TRAINED = Biases | Chain | Stability | Trainability  # by an engine, on a recipe
-_ALONE = Matrices | Biases | Propagation | Trainability  # they begin from nothing else
+_ALONE = Matrices | Biases | Begun | Trainability  # they begin from nothing else
 
 
 def parent(experiment: AnyExperiment) -> AnyExperiment | None:
@@ -81,7 +80,7 @@ def run(
     """
     if isinstance(experiment, Matrices):
         return matrix_course(experiment, seed)
-    if isinstance(experiment, Propagation):
+    if isinstance(experiment, Begun):
         return experiment.run(seed)
     if isinstance(experiment, Trainability):  # several trainings: a stopped one begins again
         return experiment.run(seed, lambda step: pulse(step, lambda: train.State(step, {}, {})))
@@ -129,7 +128,7 @@ def metrics(experiment: AnyExperiment) -> list[str]:
 
 def num_steps(experiment: AnyExperiment) -> int:
     """The steps of one training; of a chain and of children, those that they begin from too."""
-    if isinstance(experiment, Chain | Stability | Propagation | Trainability):
+    if isinstance(experiment, Chain | Stability | Begun | Trainability):
         return experiment.num_steps()
     if isinstance(experiment, Biases):
         return experiment.recipe.steps
@@ -151,7 +150,7 @@ def num_macs(experiment: AnyExperiment) -> int:
 def _batch_size(experiment: AnyExperiment) -> int:
     if isinstance(experiment, _TRAINED):
         return experiment.recipe.batch_size
-    if isinstance(experiment, Propagation):
+    if isinstance(experiment, Begun):
         return experiment.num_points
     within = experiment.laboratory if isinstance(experiment, Flatness) else experiment
     return within.batch_size

@@ -23,11 +23,12 @@ from windfall.inputs import loaded
 from windfall.laboratory import Laboratory
 from windfall.measures import Readings
 from windfall.models import ModelField
-from windfall.propagation import Scaling
+from windfall.propagation import Gains, Scaling
 from windfall.spec import Spec, SpecError
 from windfall.train import Recipe, State
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LAST = 38.5  # log10 of the largest float32
 MOMENTS = (0.0, 0.01, 0.1, 0.3, 1.0)  # of the steps: much happens early
 
 
@@ -264,4 +265,57 @@ class Propagation(Spec):
         for name, ratios in (("forward", forward), ("backward", backward)):
             means = enumerate(ratios.mean(1).tolist(), start=1)
             found |= {f"{name}/layer{layer}": mean for layer, mean in means}
+        return gathered({0: found}, diverged=False)
+
+
+class Growth(Spec):
+    """How far a residual network of random weights makes signals grow; see `propagation`.
+
+    Nothing is trained. Read of one network, in float32: `log-growth`, the mean over points of
+    log10(|h_B| / |x|), at most 38.5, where float32 ends; `log-theory`; `growth-ratio`, the mean of
+    |h_B| / |x| over what theory gives, 0 where it overflows; `overflows`, 1 where it does.
+
+    Source: Arpit et al. 2019 (1906.02341).
+
+    Args:
+        blocks: B, residual blocks of two layers.
+        width: of every layer.
+        num_points: inputs x ~ N(0, I).
+        gains: `proposed`, sqrt(2) and sqrt(1/B), or `one`.
+    """
+
+    blocks: PositiveInt = 40
+    width: PositiveInt = 100
+    num_points: PositiveInt = 200
+    gains: Gains = "proposed"
+
+    def metrics(self) -> list[str]:
+        """The names of what is read."""
+        return ["log-growth", "log-theory", "growth-ratio", "overflows"]
+
+    def check(self) -> None:
+        """Nothing can be wrong that is not told by its fields."""
+
+    def num_steps(self) -> int:
+        """One: forward through all points."""
+        return 1
+
+    def num_macs(self) -> int:
+        """Multiply-adds of one point."""
+        return 2 * self.blocks * self.width * self.width
+
+    def run(self, seed: int) -> Readings:
+        """The readings of a seed's network and points."""
+        drawn = seeds.stream(seed, "points").standard_normal((self.num_points, self.width))
+        inputs = torch.from_numpy(drawn).float()
+        ratios = propagation.residual_growth(self.width, self.blocks, inputs, self.gains, seed)
+        theory = propagation.residual_theory(self.blocks, self.gains)
+        is_finite = bool(ratios.isfinite().all())
+        grown = ratios.double().log10().clamp(max=LAST)
+        found = {
+            "log-growth": float(grown.mean()),
+            "log-theory": theory,
+            "growth-ratio": float(ratios.double().mean()) / 10**theory if is_finite else 0.0,
+            "overflows": float(not is_finite),
+        }
         return gathered({0: found}, diverged=False)

@@ -112,3 +112,49 @@ def needed_width(epsilon: float, depth: int, num_points: int, failure: float = 0
     """
     per_layer = (1 + epsilon) ** (1 / depth) - 1
     return math.ceil(4 / per_layer * math.log(4 * num_points * depth / failure))
+
+
+# -- residual networks -----------------------------------------------------------------------------
+
+Gains = Literal["proposed", "one"]
+
+
+def residual_growth(width: int, blocks: int, inputs: Tensor, gains: Gains, seed: int) -> Tensor:
+    """|h_B| / |x| of every point after B residual blocks, [point]; inf where it overflows.
+
+        h_{b+1} = h_b + W_2 relu(W_1 h_b),  rows of both of norm g, orthogonal
+
+    With `proposed` gains g is sqrt(2) in the first layer of a block and sqrt(1/B) in the second;
+    with `one` it is 1 in both.
+
+    Source: Arpit et al. 2019 (1906.02341), its residual networks with weight normalization.
+
+    Args:
+        width: of every layer, the dimension of the inputs.
+        blocks: B, at least 1.
+        inputs: [point, width].
+        gains: see above.
+        seed: names the streams of weights, at least 0.
+    """
+    first, second = (math.sqrt(2), math.sqrt(1 / blocks)) if gains == "proposed" else (1.0, 1.0)
+    values = inputs
+    for block in range(blocks):
+        inner = (values @ _orthogonal(seed, 2 * block, width, inputs).t()).relu_().mul_(first)
+        values = values + second * (inner @ _orthogonal(seed, 2 * block + 1, width, inputs).t())
+    return (values.norm(dim=1) / inputs.norm(dim=1)).nan_to_num(math.inf, math.inf)
+
+
+def residual_theory(blocks: int, gains: Gains) -> float:
+    """What residual_growth is about: (1 + 1/B)^(B/2), or (1 + 1/2)^(B/2) with gains of 1, as log10.
+
+    Args:
+        blocks: B, at least 1.
+        gains: as `residual_growth`.
+    """
+    return blocks / 2 * math.log10(1 + (1 / blocks if gains == "proposed" else 1 / 2))
+
+
+def _orthogonal(seed: int, layer: int, width: int, like: Tensor) -> Tensor:
+    drawn = seeds.stream(seed, "residual-growth", layer).standard_normal((width, width))
+    q, r = torch.linalg.qr(torch.from_numpy(drawn))
+    return (q * r.diagonal().sign()).to(like.dtype)
