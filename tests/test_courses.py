@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import windfall
-from windfall import courses, gallery, luck, portraits, verbs
+from windfall import courses, experiments, gallery, inputs, luck, portraits, verbs
+from windfall.data import Digits
 from windfall.laboratory import Laboratory, Training
 from windfall.luck import LaboratoryStudy
 from windfall.measures import Readings
@@ -283,3 +285,16 @@ def test_figures_are_drawn_of_what_diverged_too():
         portraits.heat_maps(course),
     ):
         assert figure.axes
+
+
+def test_what_is_said_of_the_data_is_told_beside_the_numbers(tmp_path, monkeypatch):
+    noted = dataclasses.replace(inputs.loaded(Digits()), note="digits: scribbled on")
+    monkeypatch.setattr(experiments, "loaded", lambda data: noted)
+    of = study(1, inputs={"kind": "real", "num_evaluation": 20})
+    lab = Lab(tmp_path / "lab")
+    for arm, seed in of.places():
+        courses.train(lab, of.experiments()[arm], seed)
+    lab.close()
+    notes = windfall.show(of, lab=tmp_path / "lab").document["notes"]
+    assert "digits: scribbled on" in notes
+    assert experiments.data_note(Laboratory()) is None

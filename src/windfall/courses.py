@@ -110,6 +110,7 @@ def _trained(lab: Lab, experiment: Any, seed: int, tell: Callable[[int], None]) 
         "status": "diverged" if outcome.diverged else "done",
         "seconds": before + time.monotonic() - begun,
         "versions": versions(),
+        "note": experiments.data_note(experiment),
         "created": now(),
     }
     _path(lab, name).parent.mkdir(exist_ok=True)

@@ -39,6 +39,7 @@ def document(
     notes = luck.exceptions(study, courses)
     if len(versions) > 1:
         notes.append(f"runs of different versions: {'; '.join(sorted(versions))}")
+    notes += sorted({str(facts["note"]) for _, facts in found.values() if facts.get("note")})
     settings = study.to_json()
     return {
         "study": {

@@ -11,6 +11,7 @@ import torch
 from windfall import laboratory, measures, simulation, train
 from windfall.children import Stability
 from windfall.course import SCORES, Course
+from windfall.inputs import loaded
 from windfall.laboratory import Laboratory, Training
 from windfall.levels import Chain
 from windfall.masks import Params
@@ -52,6 +53,14 @@ def check(experiment: AnyExperiment) -> None:
     """Refuse, by a `SpecError`, what cannot be trained; this reads real data."""
     if not isinstance(experiment, Matrices):
         experiment.check()
+
+
+def data_note(experiment: AnyExperiment) -> str | None:
+    """What must be told beside every number of an experiment on real data; this reads them."""
+    within = experiment.laboratory if isinstance(experiment, Flatness) else experiment
+    inputs = within.inputs if isinstance(within, Laboratory) else within
+    data = getattr(inputs, "data", None)
+    return None if data is None else loaded(data).note
 
 
 def restored(experiment: AnyExperiment, tensors: Params, facts: Json) -> AnyState:
