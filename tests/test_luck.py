@@ -79,7 +79,7 @@ def test_what_diverged_counts_as_it_was_at_the_start():
     assert measures.measured(found, "rank/hidden1") == 0.5
     assert measures.measured(found, "fading/hidden1") == 1.0
     assert luck.exceptions(study(), {("wide", 1): found}) == [
-        "wide: seeds 1 diverged, and count as they were at the start"
+        "wide: seeds 1 diverged, and count as at the start, or by chance"
     ]
 
 

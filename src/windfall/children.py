@@ -86,10 +86,6 @@ class Stability(Rewound):
             raise ValueError(f"`level` must {rest}; got {self.level} and {self.mask}")
         return self
 
-    @property
-    def _last_level(self) -> int:
-        return self.level
-
     def parent(self) -> Chain:
         """The chain at the level that the mask is found in; the dense network for `dense`."""
         return self._chain(max(0, self.level - 1))

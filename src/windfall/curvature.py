@@ -4,14 +4,12 @@ Student and goal (the teacher) are fully connected ReLU chains without BatchNorm
 
     top = hessian_top(params, goal, inputs, "squared-error")     # its largest eigenvalues
     whole = trace(params, inputs, "squared-error")               # exact
-    guess, error = hessian_trace(params, goal, inputs, "squared-error", seeds.stream(0, "signs"))
 
 The loss is the mean over samples, and over outputs too where errors are squared; cross-entropy has
 the teacher's largest output as label. All arithmetic is float64. The Hessian is that between kinks:
 a ReLU has derivative 0 at 0, and that a gradient jumps there adds nothing.
 """
 
-import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,7 +24,6 @@ Loss = Literal["squared-error", "cross-entropy"]
 
 TOLERANCE = 1e-6  # relative, of eigenvectors; eigenvalues are then exact to about its square
 NUM_AT_ONCE = 256  # samples whose influences are in memory: 50 MB for 100 outputs and 250 nodes
-NUM_COLUMNS = 8  # products taken together: faster than one by one, in eight times the memory
 
 
 def hessian_top(params: Params, goal: Params, inputs: Tensor, loss: Loss, num: int = 5) -> Tensor:
@@ -66,44 +63,6 @@ def hessian_top(params: Params, goal: Params, inputs: Tensor, loss: Loss, num: i
     }
     found = eigsh(operator.to_scipy(np.float64), num, which="LA", **options)
     return torch.from_numpy(found).sort(descending=True).values
-
-
-def hessian_trace(
-    params: Params,
-    goal: Params,
-    inputs: Tensor,
-    loss: Loss,
-    stream: np.random.Generator,
-    num_matvecs: int = 30,
-) -> tuple[float, float]:
-    """An estimate of the trace of the Hessian from products alone, and its standard error.
-
-    The mean of zᵀ H z over random signs z, whose variance is 2 (|H|² - |diag H|²) / num_matvecs.
-
-    Note:
-        For these networks `trace` is exact, and faster: with 30 products on 122,800 parameters the
-        standard error is 15% of the trace at the start of a training, and 1.5% at its end.
-
-    Source: Hutchinson 1989; curvlinops' own `hutchinson_trace` draws from the global generator.
-
-    Args:
-        params: the student's.
-        goal: the teacher's.
-        inputs: [sample, in].
-        loss: `squared-error` or `cross-entropy`.
-        stream: of the signs.
-        num_matvecs: products with the Hessian, at least 2.
-
-    Raises:
-        ValueError: as `hessian_top`, and for fewer than two products.
-    """
-    if num_matvecs < 2:
-        raise ValueError(f"`num_matvecs` must be at least 2; got {num_matvecs}.")
-    operator = _hessian(params, goal, inputs, loss)
-    signs = torch.from_numpy(stream.choice([-1.0, 1.0], (num_matvecs, operator.shape[0])))
-    parts = [(part.T * (operator @ part.T)).sum(0) for part in signs.split(NUM_COLUMNS)]
-    found = torch.cat(parts)
-    return float(found.mean()), float(found.std()) / math.sqrt(num_matvecs)
 
 
 def _hessian(params: Params, goal: Params, inputs: Tensor, loss: Loss) -> Any:

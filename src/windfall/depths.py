@@ -3,8 +3,9 @@
 html = render(checkup.examined(subject))
 """
 
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from markupsafe import Markup, escape
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from windfall import diagnosis, drawing, page
-from windfall.drawing import COLORS, NARROW, WIDE, Row, Table
+from windfall.drawing import COLORS, WIDE, Row, Table
 from windfall.spec import Json, digest
 
 FLOOR = 1e-30  # of logarithmic axes: what is 0 has no place on them
@@ -191,14 +192,5 @@ def _figures(rows: Table) -> dict[str, tuple[Markup, Markup]]:
         ("alike", alike, lambda row: row["correlation"] is not None),
     ):
         if any(map(is_known, rows)):
-            drawn[name] = _both(draw, rows)
+            drawn[name] = page.inline(functools.partial(draw, rows))
     return drawn
-
-
-def _both(draw: Callable[..., Figure], rows: Sequence[Row]) -> tuple[Markup, Markup]:
-    wide, narrow = (
-        # In a page the name space is HTML's own.
-        Markup(drawing.svg(figure).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
-        for figure in (draw(rows), draw(rows, width_inches=NARROW))
-    )
-    return wide, narrow

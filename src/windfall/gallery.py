@@ -12,7 +12,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from windfall import drawing, luck, page, portraits
+from windfall import luck, page, portraits
 from windfall.course import Course
 from windfall.exhibit import Found, by_place
 from windfall.luck import LaboratoryStudy
@@ -87,7 +87,7 @@ def _figures(
         draws.append(("gradients", functools.partial(portraits.gradients, grouped)))
     if first.couplings:
         draws.append(("couplings", functools.partial(portraits.couplings, grouped[widest])))
-    return [(name, _both(draw)) for name, draw in draws]
+    return [(name, page.inline(draw)) for name, draw in draws]
 
 
 def _read(
@@ -102,18 +102,10 @@ def _read(
             kinds.setdefault(kind, []).append(name)
     deep = {kind: each for kind, each in kinds.items() if len(each) >= DEEP}
     chosen = [n for n in names if "/" not in n or n in decided or n.partition("/")[2] in HALVES]
-    drawn = {"readings": _both(functools.partial(portraits.readings, found, chosen))}
+    drawn = {"readings": page.inline(functools.partial(portraits.readings, found, chosen))}
     if deep:
-        drawn["profiles"] = _both(functools.partial(portraits.profiles, found, deep))
+        drawn["profiles"] = page.inline(functools.partial(portraits.profiles, found, deep))
     return drawn
-
-
-def _both(draw: Callable[..., Figure]) -> tuple[Markup, Markup]:
-    wide, narrow = (
-        Markup(drawing.svg(figure).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
-        for figure in (draw(), draw(width_inches=drawing.NARROW))
-    )
-    return wide, narrow
 
 
 def positions(rho: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ Source: Frankle et al. 2019, Stabilizing the LTH (1903.01611), section 3.
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -56,6 +57,7 @@ class Rewound(Spec):
     recipe: Recipe = Recipe()
     prune: Prune = Prune()
     rewind: ToStep = ToStep()
+    level: int = Field(default=0, ge=0)
     engine: rule.Asked = unaddressed("auto")
 
     @model_validator(mode="after")
@@ -76,16 +78,12 @@ class Rewound(Spec):
         whole, network = loaded(self.data), self._network(0)
         models.check_outputs(network, whole.input_shape, whole.num_classes, tag(type(self.model)))
         rule.choose(self.engine, network, whole.input_shape, 1.0, "cpu", self.recipe)
-        self._macs(self._last_level)
-
-    @property
-    def _last_level(self) -> int:
-        raise NotImplementedError
+        self._macs(self.level)
 
     def _chain(self, level: int) -> "Chain":
         """The chain of this network, data, recipe and pruning at a level."""
-        shared = {name: getattr(self, name) for name in Rewound.model_fields}
-        return Chain(**shared, level=level)
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Rewound.model_fields}
+        return Chain(**shared | {"level": level})
 
     def trial(self) -> "Chain":
         """A training without a parent, whose steps take as long as those of the whole network."""
@@ -215,12 +213,6 @@ class Chain(Rewound):
         engine: that trains; `auto` is the fixed rule's.
         level: at least 0.
     """
-
-    level: int = Field(default=0, ge=0)
-
-    @property
-    def _last_level(self) -> int:
-        return self.level
 
     def parent(self) -> "Chain | None":
         """The level before; level 0 has none."""

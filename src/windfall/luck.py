@@ -260,7 +260,7 @@ def exceptions(study: LaboratoryStudy, outcomes: Outcomes) -> list[str]:
         gone = sorted(seed for seed, found in of.items() if found.diverged)
         if gone:
             seeds = ", ".join(map(str, gone))
-            notes.append(f"{arm}: seeds {seeds} diverged, and count as they were at the start")
+            notes.append(f"{arm}: seeds {seeds} diverged, and count as at the start, or by chance")
         if told := _dead(of):
             dead.setdefault(told, []).append(arm)
     for told, names in dead.items():

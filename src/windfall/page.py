@@ -235,12 +235,21 @@ def _patterns(pattern: Row) -> Iterator[tuple[str, Drawing]]:
 def _drawing(
     draw: Callable[..., Figure], table: drawing.Table, basis: str, addresses: Sequence[str]
 ) -> Drawing:
+    return Drawing(*inline(functools.partial(draw, table)), basis, addresses)
+
+
+def inline(draw: Callable[..., Figure]) -> tuple[Markup, Markup]:
+    """A figure as SVG within a page, for wide and for narrow windows.
+
+    Args:
+        draw: makes it, of a default width or of `width_inches`.
+    """
     wide, narrow = (
         # In a page the name space is HTML's own.
         Markup(drawing.svg(figure).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1))
-        for figure in (draw(table), draw(table, width_inches=drawing.NARROW))
+        for figure in (draw(), draw(width_inches=drawing.NARROW))
     )
-    return Drawing(wide, narrow, basis, addresses)
+    return wide, narrow
 
 
 def _basis(rows: Sequence[Row]) -> str:
