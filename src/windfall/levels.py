@@ -83,7 +83,8 @@ class Rewound(Spec):
     def _chain(self, level: int) -> "Chain":
         """The chain of this network, data, recipe and pruning at a level."""
         shared: dict[str, Any] = {name: getattr(self, name) for name in Rewound.model_fields}
-        return Chain(**shared | {"level": level})
+        shared["level"] = level
+        return Chain(**shared)
 
     def trial(self) -> "Chain":
         """A training without a parent, whose steps take as long as those of the whole network."""
