@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from windfall import experiments
+from windfall import experiments, models
 from windfall.initialize import KaimingNormal, TorchDefault, WeightNorm
 from windfall.spec import SpecError, checked
 from windfall.train import Recipe
@@ -12,8 +12,12 @@ from windfall.trainability import Trainability
 SHORT = Recipe(steps=150, eval_every=150, batch_size=64)
 
 
+def mlp(depth, units, norm="none"):
+    return models.Mlp(hidden=(units,), repeat=depth, norm=norm)
+
+
 def probe(**changes):
-    return Trainability(**{"depth": 2, "width": 16, "recipe": SHORT} | changes)
+    return Trainability(**{"model": mlp(2, 16), "recipe": SHORT} | changes)
 
 
 def test_a_shallow_network_trains_and_the_best_rate_counts():
@@ -38,10 +42,9 @@ def test_what_diverges_counts_as_at_the_start():
 
 
 def test_the_signal_is_what_reaches_the_outputs_of_deep_networks():
-    kept = probe(
-        depth=30, width=64, norm="weight", initialization=WeightNorm(), learning_rates=(1e-9,)
-    )
-    lost = probe(depth=30, width=64, initialization=TorchDefault(), learning_rates=(1e-9,))
+    normed = mlp(30, 64, "weight")
+    kept = probe(model=normed, initialization=WeightNorm(), learning_rates=(1e-9,))
+    lost = probe(model=mlp(30, 64), initialization=TorchDefault(), learning_rates=(1e-9,))
     assert float(kept.run(0).values["signal"]) > -2
     assert float(lost.run(0).values["signal"]) < -6
 
@@ -58,3 +61,15 @@ def test_its_steps_are_told_over_all_rates():
     probe(learning_rates=(0.01, 0.02)).run(0, steps.append)
     assert steps == list(range(300))
     assert probe(learning_rates=(0.01, 0.02)).num_steps() == 300
+
+
+def test_a_deep_residual_network_without_batch_normalization_trains_where_gains_are_scaled():
+    deep = models.Preresnet_110(width=0.25, norm="weight", blocks=24)
+    recipe = SHORT.model_copy(update={"steps": 40, "eval_every": 40, "batch_size": 32})
+    fit, lost = (
+        probe(model=deep, recipe=recipe, initialization=scheme, learning_rates=(0.1,)).run(0)
+        for scheme in (WeightNorm(), WeightNorm(preserve="one"))
+    )
+    assert -2 < float(fit.values["signal"]) < 0  # the mean over places takes some
+    assert float(lost.values["signal"]) > 3 + float(fit.values["signal"])
+    assert float(fit.values["accuracy"]) > 0.3 + float(lost.values["accuracy"])

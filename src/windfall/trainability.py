@@ -1,14 +1,15 @@
 """Trainability: whether a network of some depth trains from some initialization.
 
-readings = Trainability(depth=100, norm="weight", initialization=WeightNorm()).run(seed=0)
+deep = Mlp(hidden=(128,), repeat=100, norm="weight")
+readings = Trainability(model=deep, initialization=WeightNorm()).run(seed=0)
 """
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from windfall import data, flops, models
@@ -18,7 +19,9 @@ from windfall.engines import separate
 from windfall.engines.contract import Task
 from windfall.initialize import Initialization, KaimingNormal, initial_parameters
 from windfall.inputs import loaded
+from windfall.masks import Params
 from windfall.measures import Readings
+from windfall.models import ModelField
 from windfall.probes import gathered
 from windfall.spec import Spec
 from windfall.train import Recipe, State
@@ -27,7 +30,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Trainability(Spec):
-    """Whether a fully connected ReLU network trains, at the best of some learning rates.
+    """Whether a network trains, at the best of some learning rates.
 
     It is trained from the same start at every rate. Read at the end: `accuracy` on the validation
     part at the best rate, and `trains`, 1 where that is above the threshold; the same at each rate
@@ -38,9 +41,7 @@ class Trainability(Spec):
     Source: Arpit et al. 2019 (1906.02341), its experiment on depth.
 
     Args:
-        depth: hidden layers.
-        width: of each.
-        norm: `none`, or `weight` for weight-normalized ones.
+        model: the network.
         initialization: of the weights.
         data: what it is trained on.
         recipe: how, but for its learning rate.
@@ -48,9 +49,7 @@ class Trainability(Spec):
         threshold: of accuracy, in (0, 1).
     """
 
-    depth: PositiveInt = 20
-    width: PositiveInt = 64
-    norm: Literal["none", "weight"] = "none"
+    model: ModelField = Field(default=models.Mlp(hidden=(64,), repeat=20), validate_default=True)
     initialization: Initialization = KaimingNormal()
     data: Data = data.Digits()
     recipe: Recipe = Recipe(steps=600, eval_every=600, batch_size=128)
@@ -75,9 +74,8 @@ class Trainability(Spec):
         return sum(flops.multiply_adds(self._built(), loaded(self.data).input_shape).values())
 
     def _built(self) -> nn.Module:
-        whole, hidden = loaded(self.data), (self.width,) * self.depth
-        network = models.Mlp(hidden=hidden, norm=self.norm)
-        built = network.build(whole.input_shape, whole.num_classes)
+        whole = loaded(self.data)
+        built = self.model.build(whole.input_shape, whole.num_classes)
         return built.to(self.recipe.torch_dtype)
 
     def _batch(self, seed: int) -> Tensor:
@@ -97,7 +95,7 @@ class Trainability(Spec):
         params, buffers = initial_parameters(
             self._built, self.initialization, seed, inputs=lambda: self._batch(seed)
         )
-        found = {"signal": self._signal(params, seed)}
+        found = {"signal": self._signal(params | buffers, seed)}
         for place, rate in enumerate(self.learning_rates):
             recipe = self.recipe.model_copy(update={"learning_rate": rate})
             task = Task(self._built(), loaded(self.data), recipe, seed, recipe.steps)
@@ -112,9 +110,9 @@ class Trainability(Spec):
         return gathered({self.num_steps(): found}, diverged=False)
 
     @torch.no_grad()
-    def _signal(self, params: dict[str, Tensor], seed: int) -> float:
+    def _signal(self, tensors: Params, seed: int) -> float:
         inputs = self._batch(seed)
-        outputs = torch.func.functional_call(self._built(), params, (inputs,))
+        outputs = torch.func.functional_call(self._built(), tensors, (inputs,))
         one, other = (values.flatten(1) for values in (outputs, inputs))
         ratio = float((one - one.mean(0)).norm()) / float((other - other.mean(0)).norm())
         return min(45.0, math.log10(max(ratio, 1e-45))) if math.isfinite(ratio) else 45.0

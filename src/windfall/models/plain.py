@@ -51,15 +51,19 @@ class Mlp(Spec):
         hidden: the sizes of the hidden layers, each at least 1; none for a linear classifier.
         width: factor on their sizes.
         norm: what they, but for the output, normalize by.
+        repeat: how often these layers stand behind each other: `hidden=(64,), repeat=100` has a
+            hundred.
     """
 
     hidden: tuple[PositiveInt, ...] = (100, 50)
     width: Width = 1.0
     norm: PlainNorm = later("none", absent="none")
+    repeat: PositiveInt = later(1, absent=1)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `hidden1`, ..., `output`."""
-        parts = _head(math.prod(input_shape), self.hidden, self.width, num_classes, self.norm)
+        hidden = self.hidden * self.repeat
+        parts = _head(math.prod(input_shape), hidden, self.width, num_classes, self.norm)
         return nn.Sequential(OrderedDict(parts))
 
 

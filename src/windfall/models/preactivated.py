@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from windfall.models.gates import Gate
@@ -82,6 +83,7 @@ def _preresnet(
 ) -> nn.Module:
     check_images(model, input_shape, len(_CHANNELS) - 1)
     is_deep = isinstance(model, Preresnet_164)
+    blocks_each = _BLOCKS if is_deep else model.blocks
     convs, times = (_bottleneck, _EXPANSION) if is_deep else (_basic, 1)
     sizes = [times * scaled(size, model.width) for size in _CHANNELS]  # that blocks add to
     made = [staged(size, 1.0, model.shared, stage) for stage, size in enumerate(sizes)]
@@ -90,7 +92,7 @@ def _preresnet(
     for stage, size in enumerate(_CHANNELS):
         inner = staged(size, model.width, model.stages, stage)
         blocks: dict[str, nn.Module] = {}
-        for index in range(1, _BLOCKS + 1):
+        for index in range(1, blocks_each + 1):
             stride = 2 if stage > 0 and index == 1 else 1
             layers = convs(channels, inner, made[stage], stride, model.norm)
             has_conv = index == 1 and (stage > 0 or is_deep)
@@ -123,6 +125,7 @@ class Preresnet_110(Spec):
         norm: what it normalizes by. With `weight` or `none` every convolution has biases, and ReLU
             stands between the convolutions of a block alone: x + conv(relu(conv(x))), as in
             1906.02341.
+        blocks: of each stage. Six layers a block and two: 18 make 110, 1,666 about ten thousand.
     """
 
     width: Width = 1.0
@@ -130,6 +133,7 @@ class Preresnet_110(Spec):
     stages: BlockStages = later(None, absent=None)
     shared: BlockStages = later(None, absent=None)
     norm: Norm = later("batch", absent="batch")
+    blocks: PositiveInt = later(_BLOCKS, absent=_BLOCKS)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network, its layers `conv1`, `stage1.block1.conv1`, ..., `output`."""
