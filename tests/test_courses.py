@@ -273,6 +273,24 @@ def test_standings_have_a_place_for_each_arm_and_a_dot_for_each_seed():
     assert axes.lines[1].get_ydata() == pytest.approx([0.2])
 
 
+def test_readings_have_units_and_gaps_where_a_seed_has_none():
+    series = [torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, float("nan"), 6.0])]
+    found = {"a": [Readings(torch.tensor([0, 1, 2]), {"rank": each}) for each in series]}
+    (axes,) = portraits.readings(found, ["rank"], {"rank": "dimensions"}).axes
+    assert axes.get_ylabel() == "dimensions"
+    assert axes.lines[0].get_xdata().tolist() == [0.7, 2]
+    assert axes.lines[0].get_ydata().tolist() == [2, 5]
+
+
+def test_a_profile_of_logarithms_is_not_cut_at_0():
+    for sign in (-1.0, 1.0):
+        values = {f"forward/layer{i}": torch.tensor([sign * i]) for i in range(1, 7)}
+        found = {"a": [Readings(torch.tensor([4]), values)]}
+        (axes,) = portraits.profiles(found, {"forward": list(values)}).axes
+        assert (axes.get_ylim()[0] == 0) == (sign > 0)
+        assert axes.get_ylim()[0] < sign
+
+
 def test_figures_are_drawn_of_what_diverged_too():
     experiment = Laboratory(**EXPERIMENT | {"learning_rate": 1e9, "steps": 600})
     course = experiment.course(0)

@@ -1,5 +1,6 @@
 """Curvature against the whole Hessian of tiny networks, by autograd in float64."""
 
+import copy
 import itertools
 import math
 
@@ -138,3 +139,75 @@ def test_a_trace_is_refused_where_it_cannot_be():
         curvature.trace(params, inputs, "hinge")
     with pytest.raises(ValueError, match="nan or inf in `output"):
         curvature.trace(broken(**{"output.bias": torch.full((4,), math.inf)}), inputs, LOSSES[0])
+
+
+def flat_hessian(network, inputs, labels):
+    """The Hessian [parameter, parameter] of any network's mean cross-entropy."""
+    named = dict(network.named_parameters())
+    sizes = {name: value.shape for name, value in named.items()}
+
+    def loss_of(flat):
+        parts = flat.split([size.numel() for size in sizes.values()])
+        made = {n: part.reshape(s) for (n, s), part in zip(sizes.items(), parts, strict=True)}
+        return functional.cross_entropy(functional_call(network, made, (inputs,)), labels)
+
+    return hessian(loss_of)(torch.cat([value.detach().flatten() for value in named.values()]))
+
+
+class ByHand(torch.nn.Module):
+    """A BatchNorm of elementary operations, whose forward derivatives are right."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.weight, self.bias, self.eps = other.weight, other.bias, other.eps
+
+    def forward(self, inputs):
+        away = inputs - inputs.mean((0, 2, 3), keepdim=True)
+        scaled = away / (away.square().mean((0, 2, 3), keepdim=True) + self.eps).sqrt()
+        return scaled * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def by_hand(network):
+    made = copy.deepcopy(network)
+    for path, part in network.named_modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            made.set_submodule(path, ByHand(made.get_submodule(path)))
+    return made
+
+
+class TestSpectralNorm:
+    @pytest.mark.parametrize("norm", ["none", "weight", "batch"])
+    def test_it_is_the_largest_size_of_an_eigenvalue_of_the_matrix(self, norm):
+        model = models.Preresnet_110(width=1 / 16, blocks=1, norm=norm)
+        with seeds.isolated(0, "init"):
+            network = model.build((1, 4, 4), 3).double().train()
+        inputs = gaussian(40, 16).reshape(40, 1, 4, 4)
+        labels = torch.arange(40) % 3
+        values = torch.linalg.eigvalsh(flat_hessian(by_hand(network), inputs, labels))
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        found = curvature.spectral_norm(network, inputs, labels)
+        assert found == pytest.approx(float(values.abs().max()), rel=1e-8)
+        for name, value in before.items():
+            assert torch.equal(network.state_dict()[name], value)
+
+    def test_a_negative_eigenvalue_counts_by_its_size(self):
+        network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 2, bias=False))
+        with torch.no_grad():
+            for weight, value in zip(network.parameters(), (1e-6, 0.0, 1e-6), strict=True):
+                weight.fill_(value)
+        network = network.double()
+        inputs, labels = torch.tensor([[9.0], [3.0]]).double(), torch.tensor([0, 0])
+        values = torch.linalg.eigvalsh(flat_hessian(network, inputs, labels))
+        found = curvature.spectral_norm(network, inputs, labels)
+        assert found == pytest.approx(float(-values.min()), rel=1e-4)
+        assert found > 0
+
+    def test_a_loss_that_does_not_bend_has_none_and_one_that_overflows_is_told(self):
+        network = torch.nn.Linear(2, 1).double()  # one class: the loss is 0 everywhere
+        inputs, labels = torch.ones(3, 2), torch.zeros(3).long()
+        assert curvature.spectral_norm(network, inputs, labels) == 0
+        huge = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(9)])
+        with torch.no_grad():
+            for weight in huge.parameters():
+                weight.fill_(1e38)
+        assert curvature.spectral_norm(huge, 1e38 * inputs, labels) == math.inf

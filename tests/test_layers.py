@@ -17,10 +17,10 @@ LAYERS = {
     "structure, jacobians, activations, signals, tracing, units, compact, architecture, "
     "reconstruction, evidence, filters, saliency, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, inputs, sparsity, train, runs, pretrained, "
-    "course, measures, products, laboratory, engines, tickets, arms, probes, "
-    "levels, children, trainability, experiments",
-    "studies": "stats, contingency, study, graph, suite, luck, settings, states, store, worker, "
-    "service, schedule, execute, courses",
+    "course, measures, products, laboratory, engines, tickets, arms, probes, beginnings, "
+    "levels, children, transmission, trainability, experiments",
+    "studies": "stats, contingency, foretelling, study, graph, suite, luck, settings, states, "
+    "store, worker, service, schedule, execute, courses",
     "outside": "latency, prospects, workload, trials, pace, costs, words, diagnosis, findings, "
     "patterns, tables, overview, results, exhibit, drawing, plots, portraits, page, gallery, "
     "depths, showcase, display, bench, parcels, formats, exports, weights, checkup, verbs, cli",
@@ -40,7 +40,6 @@ FOREIGN = (
     "onnxscript",
     "onnxruntime",
     "pandas",
-    "curvlinops",
     "torchvision",
 )
 

@@ -333,7 +333,7 @@ def test_every_experiment_has_a_name_costs_and_metrics(kind):
     assert experiments.num_steps(experiment) > 0
     assert experiments.training_flops(experiment) > 0
     names = experiments.metrics(experiment)
-    assert len(set(names)) == len(names) > 3
+    assert len(set(names)) == len(names) > 1
     experiments.check(experiment)
 
 

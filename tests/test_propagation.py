@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from windfall import propagation, seeds
-from windfall.probes import Growth, Propagation
+from windfall.beginnings import Growth, Propagation
 
 
 def points(num, dimension, seed=0):

@@ -541,6 +541,15 @@ def test_what_cannot_be_measured_is_refused(made, inputs, labels, more, message)
         signals.measured(made, inputs, labels, **more)
 
 
+def test_a_jacobian_that_overflows_where_outputs_do_not_is_none():
+    made = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
+    for part, scale in zip(made, (1e-30, 1e30, 1e30), strict=True):
+        part.weight.data = scale * torch.eye(3, dtype=torch.float32)
+    found = signals.measured(made, normal(4, 3).float())
+    assert found.output_nonfinite is None
+    assert found.jacobian is None
+
+
 def test_integer_inputs_are_tokens_and_have_no_jacobian():
     made = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 8), nn.ReLU(),
                          nn.Linear(8, 3))  # fmt: skip

@@ -65,7 +65,7 @@ def test_its_steps_are_told_over_all_rates():
 
 def test_a_deep_residual_network_without_batch_normalization_trains_where_gains_are_scaled():
     deep = models.Preresnet_110(width=0.25, norm="weight", blocks=24)
-    recipe = SHORT.model_copy(update={"steps": 40, "eval_every": 40, "batch_size": 32})
+    recipe = SHORT.model_copy(update={"steps": 30, "eval_every": 30, "batch_size": 16})
     fit, lost = (
         probe(model=deep, recipe=recipe, initialization=scheme, learning_rates=(0.1,)).run(0)
         for scheme in (WeightNorm(), WeightNorm(preserve="one"))

@@ -12,7 +12,7 @@ Connectivity and the Lottery Ticket Hypothesis (1912.05671).
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -35,7 +35,55 @@ Mask = Literal["dense", "ticket", "random"]
 Points = Annotated[int, Field(ge=2, le=101)]  # two decimals name each
 
 
-class Stability(Rewound):
+class Masked(Rewound):
+    """What experiments share whose networks begin with theta_k, or with what a mask leaves of it.
+
+    Args:
+        mask: of the children; `dense` is none; `ticket` is found by the chain of this k; `random`
+            has as many weights in every layer at random places (`shuffled` among arms).
+        level: of the mask; 0 for `dense`.
+    """
+
+    num_children: ClassVar[int]  # that are trained from there
+
+    mask: Mask = "ticket"
+    level: int = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _level_has_mask(self) -> Self:
+        if (self.mask == "dense") != (self.level == 0):
+            rest = "be 0 for `mask` dense" if self.level else "be at least 1 for a mask"
+            raise ValueError(f"`level` must {rest}; got {self.level} and {self.mask}")
+        return self
+
+    def parent(self) -> Chain:
+        """The chain at the level that the mask is found in; the dense network for `dense`."""
+        return self._chain(max(0, self.level - 1))
+
+    def num_steps(self) -> int:
+        """Of the children and all trainings that they begin from."""
+        return self.parent().num_steps() + self._own_steps()
+
+    def num_macs(self) -> int:
+        """Multiply-adds for one input, the mean over all those steps."""
+        own = self._own_steps() * self._macs(self.level)
+        return round((self._total(max(0, self.level - 1)) + own) / self.num_steps())
+
+    def _own_steps(self) -> int:
+        return self.num_children * (self.recipe.steps - self.rewind.step)
+
+    def _start(self, held: State, seed: int) -> State:
+        """What the children begin with, at step k."""
+        if self.level:
+            return self._ticket(held, seed, self.level, is_random=self.mask == "random")
+        state = self._source(held, seed).copy()
+        state.step = self.rewind.step
+        if self.rewind.optimizer == "reset":
+            state.optimizer = {}
+        return state
+
+
+class Stability(Masked):
     """Whether two children of one network, trained on other orders of the data, end in one valley.
 
     Both begin with theta_k of the dense training, or with what a mask of a level leaves of it. The
@@ -73,37 +121,17 @@ class Stability(Rewound):
         margin: of matching, in accuracy, at least 0.
     """
 
-    mask: Mask = "ticket"
-    level: int = Field(default=1, ge=0)
+    num_children: ClassVar[int] = 2
+
     num_points: Points = connectivity.NUM_POINTS
     num_inputs: PositiveInt = 10_000
     margin: float = Field(default=0.002, ge=0)  # Source: 1912.05671, section 4
-
-    @model_validator(mode="after")
-    def _level_has_mask(self) -> "Stability":
-        if (self.mask == "dense") != (self.level == 0):
-            rest = "be 0 for `mask` dense" if self.level else "be at least 1 for a mask"
-            raise ValueError(f"`level` must {rest}; got {self.level} and {self.mask}")
-        return self
-
-    def parent(self) -> Chain:
-        """The chain at the level that the mask is found in; the dense network for `dense`."""
-        return self._chain(max(0, self.level - 1))
 
     def metrics(self) -> list[str]:
         """The names of what is read, but for the errors on the line."""
         names = ["barrier", "stable", "loss-barrier", "distance", "relative-distance", "angle"]
         names += ["disagreement", "accuracy", "dense-accuracy", "density"]
         return names + (["matching", "pruning-distance"] if self.level else [])
-
-    def num_steps(self) -> int:
-        """Of both children and all trainings that they begin from."""
-        return self.parent().num_steps() + 2 * (self.recipe.steps - self.rewind.step)
-
-    def num_macs(self) -> int:
-        """Multiply-adds for one input, the mean over all those steps."""
-        own = 2 * (self.recipe.steps - self.rewind.step) * self._macs(self.level)
-        return round((self._total(max(0, self.level - 1)) + own) / self.num_steps())
 
     def run(
         self,
@@ -135,16 +163,6 @@ class Stability(Rewound):
             values["pruning-distance"] = self._moved_by_pruning(held, ends[0])
         diverged = math.isnan(values["distance"])
         return at_end(values, self.recipe.steps, {}, diverged=diverged)
-
-    def _start(self, held: State, seed: int) -> State:
-        """What both children begin with, at step k."""
-        if self.level:
-            return self._ticket(held, seed, self.level, is_random=self.mask == "random")
-        state = self._source(held, seed).copy()
-        state.step = self.rewind.step
-        if self.rewind.optimizer == "reset":
-            state.optimizer = {}
-        return state
 
     def _children(
         self, start: State, seed: int, state: State | None, pulse: Pulse

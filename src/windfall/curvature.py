@@ -1,6 +1,8 @@
-"""Curvature: how the loss of a student bends, by the Hessian over all of its parameters.
+"""Curvature: how a loss bends, by the Hessian over all parameters.
 
-Student and goal (the teacher) are fully connected ReLU chains without BatchNorm.
+    largest = spectral_norm(network, inputs, labels)             # of any network
+
+Of a student and its goal (the teacher), fully connected ReLU chains without BatchNorm:
 
     top = hessian_top(params, goal, inputs, "squared-error")     # its largest eigenvalues
     whole = trace(params, inputs, "squared-error")               # exact
@@ -10,6 +12,8 @@ the teacher's largest output as label. All arithmetic is float64. The Hessian is
 a ReLU has derivative 0 at 0, and that a gradient jumps there adds nothing.
 """
 
+import copy
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,13 +30,39 @@ TOLERANCE = 1e-6  # relative, of eigenvectors; eigenvalues are then exact to abo
 NUM_AT_ONCE = 256  # samples whose influences are in memory: 50 MB for 100 outputs and 250 nodes
 
 
+def spectral_norm(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    """The largest absolute eigenvalue of the Hessian of the mean cross-entropy.
+
+    Found by Lanczos' method in float64, from a start vector that is always the same. BatchNorm
+    normalizes by the statistics of the inputs, as in training.
+
+    Source: Arpit et al. 2019 (1906.02341), the log spectral norms of its appendix.
+
+    Args:
+        network: is left as it is.
+        inputs: [sample, ...], as it is given them.
+        labels: [sample], int64.
+
+    Returns:
+        At least 0; inf where a product with the Hessian is not finite.
+    """
+    own = copy.deepcopy(network).double().train()
+    operator = _hessian(nn.CrossEntropyLoss()(own(inputs.double()), labels), own)
+    first = operator @ _start(operator)[0]
+    if not np.isfinite(first).all():
+        return math.inf
+    if not first.any():
+        return 0.0
+    return float(abs(_extreme(operator, 1, "LM")[0]))
+
+
 def hessian_top(params: Params, goal: Params, inputs: Tensor, loss: Loss, num: int = 5) -> Tensor:
     """The largest eigenvalues of the Hessian of the loss over all parameters.
 
     Lanczos' method needs only products with the Hessian, which are exact up to rounding: about 20
     for the largest eigenvalue, 30 to 100 for five. Its start vector is always the same.
 
-    Source: curvlinops, `HessianLinearOperator`; scipy, `eigsh`.
+    Source: scipy, `eigsh`; Pearlmutter 1994 for the products.
 
     Args:
         params: the student's.
@@ -48,37 +78,63 @@ def hessian_top(params: Params, goal: Params, inputs: Tensor, loss: Loss, num: i
         ValueError: when the teacher does not fit, the loss is unknown, a parameter is not finite,
             or `num` is out of its range.
     """
-    from scipy.sparse.linalg import eigsh
-
-    operator = _hessian(params, goal, inputs, loss)
-    size = operator.shape[0]
-    if not 1 <= num < size:
-        raise ValueError(f"`num` must lie in [1, {size - 1}], below the parameters; got {num}.")
-    stream = seeds.stream(0, "flatness-start")
-    options: dict[str, Any] = {
-        "v0": stream.standard_normal(size),
-        "rng": stream,  # it goes on from a random vector where products leave nothing new
-        "tol": TOLERANCE,
-        "return_eigenvectors": False,
-    }
-    found = eigsh(operator.to_scipy(np.float64), num, which="LA", **options)
-    return torch.from_numpy(found).sort(descending=True).values
-
-
-def _hessian(params: Params, goal: Params, inputs: Tensor, loss: Loss) -> Any:
-    """The Hessian as curvlinops' linear operator over all parameters in their order, float64."""
-    from curvlinops import HessianLinearOperator
-
     check_pair(params, goal, "goal")
     _check_curved(params, loss)
-    inputs = inputs.double()
+    network, inputs = chains.build(doubled(params)), inputs.double()
     criterion, answers = nn.MSELoss(), chains.outputs(doubled(goal), inputs)
     if loss == "cross-entropy":
         criterion, answers = nn.CrossEntropyLoss(), answers.argmax(1)
-    network, data = chains.build(doubled(params)), [(inputs, answers)]
+    operator = _hessian(criterion(network(inputs), answers), network)
+    size = operator.shape[0]
+    if not 1 <= num < size:
+        raise ValueError(f"`num` must lie in [1, {size - 1}], below the parameters; got {num}.")
+    return torch.from_numpy(_extreme(operator, num, "LA")).sort(descending=True).values
+
+
+def _hessian(loss: Tensor, network: nn.Module) -> Any:
+    """The Hessian of a loss over all parameters in their order, as scipy's operator, float64.
+
+    Products with it are derivatives of products with the gradient, backward twice. torch's forward
+    derivatives are not used, for through BatchNorm those of a gradient are wrong (torch 2.13).
+
+    Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6, 1994.
+    """
+    from scipy.sparse.linalg import LinearOperator
+
     weights = list(network.parameters())
-    # Its check for determinism would draw from the global generator.
-    return HessianLinearOperator(network, criterion, weights, data, check_deterministic=False)
+    slopes = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+    slope = torch.cat([each.flatten() for each in slopes])
+
+    def product(vector: Any) -> Any:
+        along = torch.from_numpy(vector).reshape(-1)
+        parts = torch.autograd.grad(
+            slope, weights, along, retain_graph=True, materialize_grads=True
+        )
+        return torch.cat([each.flatten() for each in parts]).numpy()
+
+    size = slope.numel()
+    made: Any = LinearOperator  # its stubs know its subclasses alone
+    return made((size, size), matvec=product, dtype=np.float64)
+
+
+def _start(operator: Any) -> tuple[Any, np.random.Generator]:
+    """The vector that Lanczos' method begins with, and the stream that it goes on from."""
+    stream = seeds.stream(0, "flatness-start")
+    return stream.standard_normal(operator.shape[0]), stream
+
+
+def _extreme(operator: Any, num: int, which: Literal["LA", "LM"]) -> Any:
+    """The largest eigenvalues of a symmetric operator, or those of largest size, [num]."""
+    from scipy.sparse.linalg import eigsh
+
+    first, stream = _start(operator)
+    options: dict[str, Any] = {
+        "v0": first,
+        "rng": stream,  # where products leave nothing new
+        "tol": TOLERANCE,
+        "return_eigenvectors": False,
+    }
+    return eigsh(operator, num, which=which, **options)
 
 
 def trace(params: Params, inputs: Tensor, loss: Loss) -> float:

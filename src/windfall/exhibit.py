@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from windfall import contingency, luck
+from windfall import contingency, foretelling, luck
 from windfall.experiments import num_steps, training_flops
 from windfall.luck import LaboratoryStudy
 from windfall.measures import Outcome
@@ -59,7 +59,11 @@ def document(
         ],
         "winner": None,
         "notes": notes,
-        "answer": [*luck.answer(study, decided), *contingency.told(rows)],
+        "answer": [
+            *luck.answer(study, decided),
+            *contingency.told(rows),
+            *foretelling.told(rows),
+        ],
         "estimate": None,
         "training_seconds": sum(facts["seconds"] for _, facts in found.values()),
         "versions": next((facts["versions"] for _, facts in found.values()), {}),

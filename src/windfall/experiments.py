@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 
 from windfall import laboratory, measures, simulation, train
+from windfall.beginnings import Growth, Propagation, Sharpness
 from windfall.children import Stability
 from windfall.course import SCORES, Course
 from windfall.inputs import loaded
@@ -16,19 +17,21 @@ from windfall.laboratory import Laboratory, Training
 from windfall.levels import Chain
 from windfall.masks import Params
 from windfall.measures import Outcome, Readings
-from windfall.probes import Biases, Flatness, Growth, Propagation
+from windfall.probes import Biases, Flatness
 from windfall.simulation import Matrices
 from windfall.spec import FAMILY, Json
 from windfall.trainability import Trainability
+from windfall.transmission import Transmission
 
-Begun = Propagation | Growth  # networks that are only begun, never trained
-AnyExperiment = Laboratory | Matrices | Flatness | Biases | Chain | Stability | Begun | Trainability
+Begun = Propagation | Growth | Sharpness  # networks that are only begun, never trained
+Chained = Chain | Stability | Transmission  # of a chain of pruning and rewinding
+AnyExperiment = Laboratory | Matrices | Flatness | Biases | Chained | Begun | Trainability
 Experiment = Annotated[AnyExperiment, FAMILY]
 AnyState = laboratory.State | train.State
 Pulse = Callable[[int, Callable[[], AnyState]], None]
 
 
-_TRAINED = Biases | Chain | Stability | Trainability  # by an engine, on a recipe
+_TRAINED = Biases | Chained | Trainability  # by an engine, on a recipe
 _ALONE = Matrices | Biases | Begun | Trainability  # they begin from nothing else
 
 
@@ -39,7 +42,7 @@ def parent(experiment: AnyExperiment) -> AnyExperiment | None:
 
 def trial(experiment: AnyExperiment) -> AnyExperiment:
     """An experiment without a parent whose steps take as long, or longer where it is pruned."""
-    if isinstance(experiment, Chain | Stability):
+    if isinstance(experiment, Chained):
         return experiment.trial()
     if isinstance(experiment, Flatness):
         experiment = experiment.parent()
@@ -96,7 +99,7 @@ def run(
     if isinstance(experiment, Biases):
         assert not isinstance(state, laboratory.State)
         return experiment.run(seed, state, pulse)
-    if isinstance(experiment, Chain | Stability):
+    if isinstance(experiment, Chained):
         assert not isinstance(state, laboratory.State)
         assert grown is None or isinstance(grown, Readings)
         return experiment.run(seed, grown, state, pulse)
@@ -135,9 +138,14 @@ def metrics(experiment: AnyExperiment) -> list[str]:
     return [name for name in measures.metrics(["hidden1"]) if name not in measures.SCORED[1:]]
 
 
+def units(experiment: AnyExperiment) -> dict[str, str]:
+    """The units of metrics by name, where they must be told; those of `NAME/LAYER` are NAME's."""
+    return experiment.units() if isinstance(experiment, Transmission) else {}
+
+
 def num_steps(experiment: AnyExperiment) -> int:
     """The steps of one training; of a chain and of children, those that they begin from too."""
-    if isinstance(experiment, Chain | Stability | Begun | Trainability):
+    if isinstance(experiment, Chained | Begun | Trainability):
         return experiment.num_steps()
     if isinstance(experiment, Biases):
         return experiment.recipe.steps
@@ -159,8 +167,10 @@ def num_macs(experiment: AnyExperiment) -> int:
 def _batch_size(experiment: AnyExperiment) -> int:
     if isinstance(experiment, _TRAINED):
         return experiment.recipe.batch_size
-    if isinstance(experiment, Begun):
+    if isinstance(experiment, Propagation | Growth):
         return experiment.num_points
+    if isinstance(experiment, Sharpness):
+        return experiment.num_inputs
     within = experiment.laboratory if isinstance(experiment, Flatness) else experiment
     return within.batch_size
 

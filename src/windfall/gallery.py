@@ -5,6 +5,7 @@ html = render(document, study, found)
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from windfall import luck, page, portraits
+from windfall import experiments, luck, page, portraits
 from windfall.course import Course
 from windfall.exhibit import Found, by_place
 from windfall.luck import LaboratoryStudy
@@ -21,6 +22,7 @@ from windfall.spec import Json
 
 HALVES = ("lower", "upper")  # of a network, which are no layers
 DEEP = 6  # layers from which on a curve over them says more than a panel each
+FEW = 8  # panels of single layers that do not hide those of the whole network
 FRAMES = 40  # of an animation: more than the eye needs
 POWER = 4  # of correlations as weights: a student at 1 sits on its teacher, not between all
 
@@ -30,12 +32,14 @@ def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
     outcomes = by_place(study, found)
     courses = {at: each for at, each in outcomes.items() if isinstance(each, Course)}
     readings = {at: each for at, each in outcomes.items() if isinstance(each, Readings)}
-    grouped, widest = _by_arm(courses), _widest(courses)
+    grouped, widest, units = _by_arm(courses), _widest(courses), _units(document, study)
     first = courses.get((widest, 0)) if widest else None
+    order = dict.fromkeys(row["metric"] for row in document["arms"])
     figures = dict(_figures(grouped, widest, first))
     if readings:
         decided = {row["metric"] for row in document["verdicts"]}
-        figures |= _read(_by_arm(readings), decided)
+        names = [name for name in order if any(name in each.values for each in readings.values())]
+        figures |= _read(_by_arm(readings), names, decided, units)
     layers = first.layers if first else []
     return page.template("laboratory").render(
         document=document,
@@ -44,6 +48,7 @@ def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
         names=[
             row["metric"] for row in document["arms"] if row["arm"] == document["arms"][0]["arm"]
         ],
+        units=units,
         widest=widest,
         table={(row["arm"], row["metric"]): row for row in document["arms"]},
         nodes=luck.node_table(first) if first else [],
@@ -51,6 +56,14 @@ def render(document: Json, study: LaboratoryStudy, found: Found) -> str:
         arms=list(study.arms),
         settings=page.leaves({k: v for k, v in document["settings"].items() if k != "contrasts"}),
     )
+
+
+def _units(document: Json, study: LaboratoryStudy) -> dict[str, str]:
+    """The units of all metrics that have one; a layer's, or a start's, is that of the network."""
+    known = [experiments.units(each) for each in study.experiments().values()]
+    of = {name: unit for each in known for name, unit in each.items()}
+    names = {row["metric"]: re.split("[/@]", row["metric"])[0] for row in document["arms"]}
+    return {metric: of[name] for metric, name in names.items() if name in of}
 
 
 def _by_arm(outcomes: Mapping[tuple[str, int], Any]) -> dict[str, list[Any]]:
@@ -91,21 +104,41 @@ def _figures(
 
 
 def _read(
-    found: Mapping[str, Sequence[Readings]], decided: set[str]
+    found: Mapping[str, Sequence[Readings]],
+    names: Sequence[str],
+    decided: set[str],
+    units: Mapping[str, str],
 ) -> dict[str, tuple[Markup, Markup]]:
-    """Figures of what was read: on the way, the whole network's; at the end, layer by layer."""
-    names = list(dict.fromkeys(n for each in found.values() for one in each for n in one.values))
+    """Figures of what was read: on the way, the whole network's; at the end, layer by layer.
+
+    Where there are few layers, theirs are on the way too. What stays as it was is in no figure.
+    """
+    every = [one for each in found.values() for one in each]
+    names = [name for name in names if name in decided or _moves(every, name)]
     kinds: dict[str, list[str]] = {}
     for name in names:
         kind, slash, place = name.partition("/")
         if slash and place not in HALVES:
             kinds.setdefault(kind, []).append(name)
     deep = {kind: each for kind, each in kinds.items() if len(each) >= DEEP}
-    chosen = [n for n in names if "/" not in n or n in decided or n.partition("/")[2] in HALVES]
-    drawn = {"readings": page.inline(functools.partial(portraits.readings, found, chosen))}
-    if deep:
-        drawn["profiles"] = page.inline(functools.partial(portraits.profiles, found, deep))
-    return drawn
+    single = [name for kind, each in kinds.items() if kind not in deep for name in each]
+    shown = {*decided, *(single if len(single) <= FEW else ())}
+    chosen = [n for n in names if "/" not in n or n in shown or n.partition("/")[2] in HALVES]
+    draws: list[tuple[str, Callable[..., Figure], Any]] = [
+        ("readings", portraits.readings, chosen),
+        ("profiles", portraits.profiles, deep),
+    ]
+    return {
+        name: page.inline(functools.partial(draw, found, what, units))
+        for name, draw, what in draws
+        if what
+    }
+
+
+def _moves(every: Sequence[Readings], name: str) -> bool:
+    """Whether a reading changes from moment to moment, or has but one."""
+    series = [one.values[name] for one in every if name in one.values]
+    return any(len(each) == 1 or bool((each != each[0]).any()) for each in series)
 
 
 def positions(rho: torch.Tensor) -> torch.Tensor:

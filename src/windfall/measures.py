@@ -16,6 +16,7 @@ from windfall.masks import Params
 HALF = 0.5  # of the share of student nodes that were ahead: what chance gives
 COVERED = 0.95  # correlation above which a teacher node counts as found
 EARLY = 0.25  # of the steps
+START = "@start"  # behind the name of a reading: its first
 SCORED = ("loss", "train-loss", "agreement", "train-agreement")  # as `course.SCORES`
 OF_LAYERS = ("alignment", "early-alignment", "covered", "rank", "winners", "fading", "spread")
 
@@ -73,7 +74,8 @@ def metrics(layers: Sequence[str], *, is_subset: bool = False) -> list[str]:
 def measured(found: Outcome, metric: str, *, living: bool = False) -> float:
     """One number; of a training that diverged, what it was at the start, or chance.
 
-    Of readings, the last of that name. Of a course:
+    Of readings, the last of that name; of `NAME@start`, where none has that whole name, the first
+    of NAME. Of a course:
 
     - `alignment`: mean over teacher nodes of the best student's correlation, at the last step; the
       mean over hidden layers, or of one, `alignment/hidden1`.
@@ -98,7 +100,9 @@ def measured(found: Outcome, metric: str, *, living: bool = False) -> float:
         living: leave dead teacher nodes out of alignment and coverage.
     """
     if isinstance(found, Readings):
-        return float(found.values[metric][0 if found.diverged else -1])
+        is_start = metric.endswith(START) and metric not in found.values
+        name = metric.removesuffix(START) if is_start else metric
+        return float(found.values[name][0 if is_start or found.diverged else -1])
     kind, _, layer = metric.partition("/")
     time = _time(found, kind)
     if kind in SCORED:

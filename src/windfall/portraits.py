@@ -3,6 +3,7 @@
 Each takes courses, and returns a matplotlib `Figure`.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from windfall.drawing import COLORS, NARROW, WIDE
 from windfall.dynamics import THRESHOLDS
 from windfall.measures import Readings
 
-_ARMS = ("muted", "sky", "green", "blue", "violet", "vermilion", "orange", "pink")  # in their order
+_ARMS = ("muted", "sky", "green", "blue", "violet", "vermilion", "orange", "pink", "brown")
 _BARS = 10  # of a histogram
 
 _SYMBOLS = ("β", "β*", "H", "H*", "L", "L*")  # of COUPLINGS
@@ -60,13 +61,15 @@ def _steps(steps: Tensor) -> Any:
 def _band(
     axes: Axes, places: Any, values: Sequence[Tensor], paint: str, label: str, style: str = "-"
 ) -> None:
-    """A line of means over seeds, and the band of their 95 % intervals."""
+    """A line of means over seeds, and the band of their 95 % intervals, where all are finite."""
     if not values:
         return
     whole = torch.stack(list(values)).double().numpy()
+    is_known = np.isfinite(whole).all(0)
+    places, whole = np.asarray(places)[is_known], whole[:, is_known]
     axes.plot(places, whole.mean(0), style, color=paint, label=label)
     intervals = [stats.mean_interval(column.tolist()) for column in whole.T]
-    if None not in intervals:
+    if intervals and None not in intervals:
         low, high = np.array(intervals).T
         axes.fill_between(places, low, high, color=paint, alpha=0.18, linewidth=0)
 
@@ -217,12 +220,19 @@ Found = Mapping[str, Sequence[Readings]]
 
 
 @drawing.styled
-def readings(found: Found, names: Sequence[str], *, width_inches: float = WIDE) -> Figure:
+def readings(
+    found: Found,
+    names: Sequence[str],
+    units: Mapping[str, str] | None = None,
+    *,
+    width_inches: float = WIDE,
+) -> Figure:
     """Readings by step, a panel each and a line for each arm.
 
     Args:
         found: of every arm, one a seed.
         names: of the readings.
+        units: of those that have one, by name.
         width_inches: of the figure.
     """
     if all(len(one.steps) == 1 for each in found.values() for one in each):
@@ -236,6 +246,7 @@ def readings(found: Found, names: Sequence[str], *, width_inches: float = WIDE) 
 
         _arms(axes, having, line)
         _stepped(axes, name)
+        axes.set_ylabel((units or {}).get(name, ""))
     drawing.legend(figure, panels, width_inches)
     return figure
 
@@ -245,13 +256,14 @@ def _standings(found: Found, names: Sequence[str], width_inches: float) -> Figur
     figure, panels = _panels(len(names), width_inches, 1.8, is_shared=False)
     for name, axes in zip(names, panels, strict=True):
         for place, each in enumerate(found.values()):
-            values = [float(one.values[name][-1]) for one in _whole(each) if name in one.values]
+            ends = [float(one.values[name][-1]) for one in _whole(each) if name in one.values]
+            values = [end for end in ends if math.isfinite(end)]
             if values:
                 axes.plot([place] * len(values), values, ".", color=color(place), alpha=0.35)
                 axes.plot(place, float(np.mean(values)), "o", color=color(place))
             if len(values) > 1:
-                ends = stats.mean_interval(values) or ()
-                axes.plot([place, place], ends, color=color(place), linewidth=2)
+                interval = stats.mean_interval(values) or ()
+                axes.plot([place, place], interval, color=color(place), linewidth=2)
         axes.set_title(name)
         axes.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=6)
         axes.set_xlim(-0.5, len(found) - 0.5)
@@ -262,7 +274,11 @@ def _standings(found: Found, names: Sequence[str], width_inches: float) -> Figur
 
 @drawing.styled
 def profiles(
-    found: Found, kinds: Mapping[str, Sequence[str]], *, width_inches: float = WIDE
+    found: Found,
+    kinds: Mapping[str, Sequence[str]],
+    units: Mapping[str, str] | None = None,
+    *,
+    width_inches: float = WIDE,
 ) -> Figure:
     """Readings at the end by place: a panel for each kind.
 
@@ -271,6 +287,7 @@ def profiles(
     Args:
         found: of every arm, one a seed.
         kinds: the readings of each kind, place by place.
+        units: of those readings that have one, by name.
         width_inches: of the figure.
     """
     figure = Figure(figsize=(width_inches, 2.4), layout="constrained")
@@ -292,7 +309,9 @@ def profiles(
         axes.set_xlabel("Share of the way" if shares else "Place in the network")
         axes.grid(visible=True, axis="y", color=COLORS["grid"], linewidth=0.6)
         axes.tick_params(length=0)
-        axes.set_ylim(bottom=0)
+        axes.set_ylabel((units or {}).get(names[0], ""))
+        if not any((line.get_ydata() < 0).any() for line in axes.get_lines()):
+            axes.set_ylim(bottom=0)
     drawing.legend(figure, panels, width_inches)
     return figure
 

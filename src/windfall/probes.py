@@ -3,16 +3,14 @@
 readings = Flatness(laboratory=Laboratory(steps=1000)).read(course, seed=0)
 """
 
-import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from windfall import biases, data, flatness, flops, models, propagation, seeds
+from windfall import biases, data, flatness, flops, models, seeds
 from windfall.course import Course
 from windfall.data import Data
 from windfall.engines import separate
@@ -23,12 +21,10 @@ from windfall.inputs import loaded
 from windfall.laboratory import Laboratory
 from windfall.measures import Readings
 from windfall.models import ModelField
-from windfall.propagation import Gains, Scaling
-from windfall.spec import Spec, SpecError
+from windfall.spec import Spec
 from windfall.train import Recipe, State
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-LAST = 38.5  # log10 of the largest float32
 MOMENTS = (0.0, 0.01, 0.1, 0.3, 1.0)  # of the steps: much happens early
 
 
@@ -81,11 +77,6 @@ class Flatness(Spec):
     def check(self) -> None:
         """Refuse, by a `SpecError`, what cannot be trained or measured."""
         self.laboratory.check()
-        if find_spec("curvlinops") is None:
-            raise SpecError(
-                "`experiment` flatness needs the package of an extra. Install it:"
-                " pip install 'windfall[curvature]'"
-            )
 
     def parent(self) -> Laboratory:
         """The training, which keeps the parameters of those moments."""
@@ -194,128 +185,3 @@ def _accuracy(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     right = (network(inputs).argmax(1) == labels).double().mean()
     network.train()
     return float(right)
-
-
-class Propagation(Spec):
-    """How a deep ReLU network of random weights keeps the norms of signals; see `propagation`.
-
-    Nothing is trained. Read of one network, over all its layers and points:
-
-    - `forward-deviation`: mean of |1 - |h_l| / |x||; `backward-deviation`: that of weight-gradient
-      norms over |x| |δ|; `scaled-deviation`: the forward one times sqrt(width);
-    - `forward-ratio`: mean of |h_L| / |x|, `forward-spread`: its standard deviation over points;
-    - `worst`: the largest |1 - |h_l|² / |x|²|; `bound`: see `propagation.bound`;
-    - `forward/LAYER`, `backward/LAYER`: mean ratios of each layer.
-
-    Source: Arpit & Bengio 2019 (1901.03611), figures 1, 2 and 6.
-
-    Args:
-        width: m, of every hidden layer.
-        depth: L, hidden layers.
-        num_points: N, inputs x ~ N(0, I).
-        dimension: of x.
-        num_outputs: of the output layer.
-        scaling: of weights: `he`, N(0, 2/m), or `glorot`, N(0, 1/m).
-    """
-
-    width: PositiveInt = 500
-    depth: PositiveInt = 10
-    num_points: PositiveInt = 2000
-    dimension: PositiveInt = 500
-    num_outputs: PositiveInt = 20
-    scaling: Scaling = "he"
-
-    def metrics(self) -> list[str]:
-        """The names of what is read."""
-        parts = ("forward", "backward")
-        each = [f"{part}/layer{layer}" for part in parts for layer in range(1, self.depth + 1)]
-        names = ["forward-deviation", "backward-deviation", "scaled-deviation"]
-        return [*names, "forward-ratio", "forward-spread", "worst", "bound", *each]
-
-    def check(self) -> None:
-        """Nothing can be wrong that is not told by its fields."""
-
-    def num_steps(self) -> int:
-        """One: forward and backward through all points."""
-        return 1
-
-    def num_macs(self) -> int:
-        """Multiply-adds of one point, forward."""
-        inner = self.width * self.width * (self.depth - 1)
-        return self.width * (self.dimension + self.num_outputs) + inner
-
-    def run(self, seed: int) -> Readings:
-        """The readings of a seed's network and points."""
-        drawn = seeds.stream(seed, "points").standard_normal((self.num_points, self.dimension))
-        inputs = torch.from_numpy(drawn).float()
-        norms = propagation.propagate(
-            self.width, self.depth, inputs, self.scaling, self.num_outputs, seed
-        )
-        forward, backward = norms.forward.double(), norms.backward.double()
-        deviation = float((1 - forward).abs().mean())
-        found = {
-            "forward-deviation": deviation,
-            "backward-deviation": float((1 - backward).abs().mean()),
-            "scaled-deviation": deviation * math.sqrt(self.width),
-            "forward-ratio": float(forward[-1].mean()),
-            "forward-spread": float(forward[-1].std(correction=0)),
-            "worst": float((1 - forward.square()).abs().max()),
-            "bound": propagation.bound(self.width, self.depth, self.num_points),
-        }
-        for name, ratios in (("forward", forward), ("backward", backward)):
-            means = enumerate(ratios.mean(1).tolist(), start=1)
-            found |= {f"{name}/layer{layer}": mean for layer, mean in means}
-        return gathered({0: found}, diverged=False)
-
-
-class Growth(Spec):
-    """How far a residual network of random weights makes signals grow; see `propagation`.
-
-    Nothing is trained. Read of one network, in float32: `log-growth`, the mean over points of
-    log10(|h_B| / |x|), at most 38.5, where float32 ends; `log-theory`; `growth-ratio`, the mean of
-    |h_B| / |x| over what theory gives, 0 where it overflows; `overflows`, 1 where it does.
-
-    Source: Arpit et al. 2019 (1906.02341).
-
-    Args:
-        blocks: B, residual blocks of two layers.
-        width: of every layer.
-        num_points: inputs x ~ N(0, I).
-        gains: `proposed`, sqrt(2) and sqrt(1/B), or `one`.
-    """
-
-    blocks: PositiveInt = 40
-    width: PositiveInt = 100
-    num_points: PositiveInt = 200
-    gains: Gains = "proposed"
-
-    def metrics(self) -> list[str]:
-        """The names of what is read."""
-        return ["log-growth", "log-theory", "growth-ratio", "overflows"]
-
-    def check(self) -> None:
-        """Nothing can be wrong that is not told by its fields."""
-
-    def num_steps(self) -> int:
-        """One: forward through all points."""
-        return 1
-
-    def num_macs(self) -> int:
-        """Multiply-adds of one point."""
-        return 2 * self.blocks * self.width * self.width
-
-    def run(self, seed: int) -> Readings:
-        """The readings of a seed's network and points."""
-        drawn = seeds.stream(seed, "points").standard_normal((self.num_points, self.width))
-        inputs = torch.from_numpy(drawn).float()
-        ratios = propagation.residual_growth(self.width, self.blocks, inputs, self.gains, seed)
-        theory = propagation.residual_theory(self.blocks, self.gains)
-        is_finite = bool(ratios.isfinite().all())
-        grown = ratios.double().log10().clamp(max=LAST)
-        found = {
-            "log-growth": float(grown.mean()),
-            "log-theory": theory,
-            "growth-ratio": float(ratios.double().mean()) / 10**theory if is_finite else 0.0,
-            "overflows": float(not is_finite),
-        }
-        return gathered({0: found}, diverged=False)

@@ -393,6 +393,8 @@ def _jacobian(network: nn.Module, held: Params, inputs: Tensor, seed: int) -> Ja
             inputs,
             seeds.stream(seed, "jacobian"),
         )
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]  torch documents it
+        return None  # singular values are of finite matrices
     except RuntimeError as problem:
         raise SpecError(
             f"The network must be differentiable by its inputs; its Jacobian raised {problem!r}."

@@ -10,26 +10,20 @@ from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
 
-from windfall import data, flops, models
-from windfall.batches import Order
-from windfall.data import Data
+from windfall.beginnings import Start
 from windfall.engines import separate
 from windfall.engines.contract import Task
-from windfall.initialize import Initialization, KaimingNormal, initial_parameters
 from windfall.inputs import loaded
 from windfall.masks import Params
 from windfall.measures import Readings
-from windfall.models import ModelField
 from windfall.probes import gathered
-from windfall.spec import Spec
 from windfall.train import Recipe, State
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Trainability(Spec):
+class Trainability(Start):
     """Whether a network trains, at the best of some learning rates.
 
     It is trained from the same start at every rate. Read at the end: `accuracy` on the validation
@@ -49,9 +43,6 @@ class Trainability(Spec):
         threshold: of accuracy, in (0, 1).
     """
 
-    model: ModelField = Field(default=models.Mlp(hidden=(64,), repeat=20), validate_default=True)
-    initialization: Initialization = KaimingNormal()
-    data: Data = data.Digits()
     recipe: Recipe = Recipe(steps=600, eval_every=600, batch_size=128)
     learning_rates: tuple[PositiveFloat, ...] = Field(default=(0.01, 0.1), min_length=1)
     threshold: Fraction = 0.5
@@ -61,29 +52,13 @@ class Trainability(Spec):
         each = [f"{kind}@{rate:g}" for rate in self.learning_rates for kind in _KINDS]
         return [*_KINDS, "signal", *each]
 
-    def check(self) -> None:
-        """Refuse, by a `SpecError`, data that are missing and schemes that do not fit."""
-        initial_parameters(self._built, self.initialization, 0, inputs=lambda: self._batch(0))
-
     def num_steps(self) -> int:
         """Of all trainings."""
         return len(self.learning_rates) * self.recipe.steps
 
-    def num_macs(self) -> int:
-        """Multiply-adds of a forward pass of one input."""
-        return sum(flops.multiply_adds(self._built(), loaded(self.data).input_shape).values())
-
-    def _built(self) -> nn.Module:
-        whole = loaded(self.data)
-        built = self.model.build(whole.input_shape, whole.num_classes)
-        return built.to(self.recipe.torch_dtype)
-
-    def _batch(self, seed: int) -> Tensor:
-        """The first inputs that are trained on."""
-        whole = loaded(self.data)
-        indices = Order(seed, len(whole.train), self.recipe.batch_size).batch(0)
-        inputs = whole.train.inputs[torch.from_numpy(indices)]
-        return whole.prepare(inputs, self.recipe.torch_dtype)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.recipe.torch_dtype
 
     def run(self, seed: int, pulse: Callable[[int], None] = lambda _: None) -> Readings:
         """Train with a seed at every rate.
@@ -92,9 +67,7 @@ class Trainability(Spec):
             seed: at least 0.
             pulse: called before every step, with the number of steps so far; it may raise to stop.
         """
-        params, buffers = initial_parameters(
-            self._built, self.initialization, seed, inputs=lambda: self._batch(seed)
-        )
+        params, buffers = self._begun(seed, self.recipe.batch_size)
         found = {"signal": self._signal(params | buffers, seed)}
         for place, rate in enumerate(self.learning_rates):
             recipe = self.recipe.model_copy(update={"learning_rate": rate})
@@ -111,7 +84,7 @@ class Trainability(Spec):
 
     @torch.no_grad()
     def _signal(self, tensors: Params, seed: int) -> float:
-        inputs = self._batch(seed)
+        inputs, _ = self._batch(seed, self.recipe.batch_size)
         outputs = torch.func.functional_call(self._built(), tensors, (inputs,))
         one, other = (values.flatten(1) for values in (outputs, inputs))
         ratio = float((one - one.mean(0)).norm()) / float((other - other.mean(0)).norm())
