@@ -196,7 +196,8 @@ def test_killed_in_the_middle_its_workers_end_and_it_goes_on(tmp_path):
     )
     command = [sys.executable, "-c", "from windfall.cli import main; main()"]
     command += ["run", str(toml), "--lab", str(tmp_path / "lab"), "--set", "arms=multi-1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    with (tmp_path / "told").open("w") as told:
+        process = subprocess.Popen(command, stderr=told, stdout=subprocess.DEVNULL)
     locks = tmp_path / "lab" / "locks"
     deadline = time.monotonic() + 120
     while not (locks.exists() and any(len(p.name) == 64 for p in locks.iterdir())):
@@ -210,6 +211,7 @@ def test_killed_in_the_middle_its_workers_end_and_it_goes_on(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not list((tmp_path / "lab").glob("courses/*"))
+    assert "Traceback" not in (tmp_path / "told").read_text()
 
 
 def _children(pid):

@@ -145,7 +145,10 @@ def serve() -> None:
     torch.set_num_threads(1)  # one experiment a core: their products are too small for more
 
     def say(message: Json) -> None:
-        print(canonical(message), flush=True)
+        try:
+            print(canonical(message), flush=True)
+        except BrokenPipeError:  # who asked was killed
+            os._exit(1)
 
     for line in sys.stdin:
         job = json.loads(line)
