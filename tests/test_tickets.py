@@ -192,6 +192,18 @@ def test_the_mask_found_is_nested_in_the_parents_and_keeps_its_largest():
         assert trained[mask].min() > trained[alive & ~mask].max()
 
 
+def test_weights_of_weight_normalized_layers_are_scored_as_what_inputs_multiply():
+    draw = seeds.stream(3, "init").standard_normal((6, 10))
+    v = torch.from_numpy(draw) * torch.logspace(-3, 3, 6)[:, None]  # a scale that means nothing
+    gain = torch.tensor([1.0, 2.0, -3.0, 1.0, 2.0, 3.0]).double()
+    trained = State(9, {"hidden.weight": v, "hidden.gain": gain}, {})
+    family = Lineage(trained, trained, trained)
+    begun = begin(start(level=1), family, {"hidden.weight": "hidden"}, seed=0)
+    w = (v / v.norm(dim=1, keepdim=True) * gain[:, None]).abs()
+    mask = begun.masks["hidden.weight"]
+    assert w[mask].min() > w[~mask].max()
+
+
 @pytest.mark.parametrize(
     "criterion", [n for n, m in spec.members(Criterion).items() if m.prunes == "weights"]
 )

@@ -9,7 +9,13 @@ from torch.nn.utils import parametrizations
 
 from windfall import flops, initialize, models, seeds
 from windfall.engines import lift
-from windfall.weightnorm import WeightNormConv2d, WeightNormLinear, effective, norms
+from windfall.weightnorm import (
+    WeightNormConv2d,
+    WeightNormLinear,
+    effective,
+    multiplied,
+    norms,
+)
 
 LAYERS = [
     (WeightNormLinear, nn.Linear, (5, 3), (5,)),
@@ -100,3 +106,19 @@ def test_a_stack_of_replicas_computes_what_each_does():
     made = lift.forward(networks[0], 3)(params, {}, {}, inputs, None)
     expected = torch.stack([net(inputs) for net in networks])
     torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_inputs_multiply_is_told_of_all_layers_by_name():
+    network = models.Conv_2(width=0.1, norm="weight").build((3, 8, 8), 4)
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            if name.endswith("gain"):
+                value.copy_(torch.linspace(-1, 3, len(value)))
+    params = dict(network.named_parameters())
+    told = multiplied(params)
+    assert list(told) == list(params)
+    for path, layer in network.named_modules():
+        if isinstance(layer, WeightNormConv2d | WeightNormLinear):
+            torch.testing.assert_close(told.pop(f"{path}.weight"), effective(layer))
+    assert told
+    assert all(told[name] is params[name] for name in told)  # the output, gains and biases

@@ -24,6 +24,7 @@ from windfall.selection import uniform
 from windfall.structure import Group
 from windfall.train import State
 from windfall.units import Weights
+from windfall.weightnorm import multiplied
 
 
 class BrokenTicket(AssertionError):
@@ -51,8 +52,8 @@ def found(start: Pruned, lineage: Lineage, kinds: dict[str, Kind], seed: int) ->
     """The masks that pruning the parent finds, nested in the parent's and of exact counts."""
     alive = lineage.parent.masks or masking.ones(lineage.parent.params, kinds)
     evidence = Evidence(
-        lineage.initial.params,
-        lineage.parent.params,
+        multiplied(lineage.initial.params),
+        multiplied(lineage.parent.params),
         seed,
         start.level,
         outset=lineage.outset,
