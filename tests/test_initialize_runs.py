@@ -5,8 +5,9 @@ import small
 import torch
 from torch import nn
 
-from windfall import initialize, spec
-from windfall.data import Order
+from windfall import initialize, spec, verbs
+from windfall.data import Order, load
+from windfall.levels import Chain
 from windfall.runs import Fresh
 from windfall.spec import SpecError
 from windfall.worker import Workshop
@@ -102,3 +103,33 @@ def test_one_initialization_is_one_whatever_the_order_of_the_data(tmp_path):
 def test_a_network_that_a_scheme_is_not_for_says_so_before_it_is_trained(tmp_path):
     with pytest.raises(SpecError, match=r"^`initialization` weight-norm must be given"):
         small.trained(graph(initialization="weight-norm"), tmp_path)
+
+
+UNFIT = {
+    "lottery": ("initialization", "fixup"),
+    "rethinking": ("initialization", "weight-norm"),
+    "stability": ("experiment.initialization", "weight-norm"),
+    "bn-bias": ("experiment.initialization", "weight-norm"),
+    "depth": ("experiment.initialization", "fixup"),
+}
+
+
+@pytest.mark.parametrize(("name", "field", "scheme"), [(n, *of) for n, of in UNFIT.items()])
+def test_one_that_is_not_defined_for_the_network_is_refused_before_the_start(
+    name, field, scheme, tmp_path
+):
+    settings = {field: scheme} | ({"arms": ["he-20"]} if name == "depth" else {})
+    with pytest.raises(SpecError, match=r"`initialization` (fixup|weight-norm) must be given"):
+        verbs.run(name, settings, lab=tmp_path / "lab", workers=1)
+    assert not list((tmp_path / "lab").glob("**/*.safetensors"))
+
+
+def test_a_chain_begins_by_a_scheme_that_looks_at_its_first_batch():
+    of = Chain(initialization="lsuv", recipe=SHORT | {"batch_size": 50})
+    whole = load(of.data)
+    begun = of._initial(3)
+    network = of._built().double()
+    network.load_state_dict(begun.params | begun.buffers)
+    first = Order(3, len(whole.train), 50).batch(0)
+    inputs = whole.prepare(whole.train.inputs[torch.from_numpy(first)], torch.float64)
+    assert variances(network, inputs) == pytest.approx([1, 1, 1], abs=1e-5)

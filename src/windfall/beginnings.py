@@ -11,7 +11,6 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from windfall import curvature, data, flops, models, propagation, seeds
-from windfall.batches import Order
 from windfall.data import Data
 from windfall.initialize import Initialization, KaimingNormal, initial_parameters
 from windfall.inputs import loaded
@@ -184,9 +183,8 @@ class Start(Spec):
     def _batch(self, seed: int, num: int) -> tuple[Tensor, Tensor]:
         """The first inputs that a seed trains on in batches of so many, and their labels."""
         whole = loaded(self.data)
-        places = torch.from_numpy(Order(seed, len(whole.train), num).batch(0))
-        inputs = whole.prepare(whole.train.inputs[places], self._dtype)
-        return inputs, whole.train.labels[places]
+        first = whole.first(seed, num)
+        return whole.prepare(first.inputs, self._dtype), first.labels
 
     def _begun(self, seed: int, num: int) -> tuple[Params, Params]:
         """The parameters and buffers of a seed; schemes that look at inputs see so many."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from windfall import connectivity, masks
 from windfall.arms import SHIFT
-from windfall.batches import Order
 from windfall.connectivity import Line
 from windfall.engines import rule
 from windfall.inputs import loaded
@@ -206,8 +205,7 @@ class Stability(Masked):
     def _training(self, seed: int) -> Tensor:
         """Training inputs, one batch: the first of the first child's order."""
         whole = loaded(self.data)
-        indices = Order(seed, len(whole.train), NUM_SEEN).batch(0)
-        return whole.prepare(whole.train.inputs[torch.from_numpy(indices)], self.recipe.torch_dtype)
+        return whole.prepare(whole.first(seed, NUM_SEEN).inputs, self.recipe.torch_dtype)
 
     def _lost(self, chance: float) -> dict[str, float]:
         """What is read where a child diverged."""

@@ -24,6 +24,7 @@ from windfall.arms import (
 from windfall.data import Dataset
 from windfall.data import load as load_data
 from windfall.filters import GroupCriterion
+from windfall.initialize import initial_parameters
 from windfall.models import Kind, Model
 from windfall.prune import Prune, ToStep
 from windfall.runs import Fresh, Pruned, Run
@@ -251,6 +252,7 @@ def _inspect(study: Study, data: Dataset) -> Network:
     module, network = _looked_at(study.model, data)
     groups = _groups(study, module, data.input_shape)
     _check_sparsity(study.recipe, module, data.input_shape)
+    _check_initialization(study, data)
     return replace(network, groups=groups)
 
 
@@ -270,6 +272,16 @@ def _looked_at(model: Model, data: Dataset) -> tuple[nn.Module, Network]:
     multiply_adds = flops.multiply_adds(module, shape)
     shapes = structure.shapes(params | dict(module.named_buffers()))
     return module, Network(sizes, kinds, multiply_adds, shape, data.num_classes, shapes)
+
+
+def _check_initialization(study: Study, data: Dataset) -> None:
+    """Refuse, by a `SpecError`, a scheme that is not defined for the network."""
+    initial_parameters(
+        lambda: study.model.build(data.input_shape, data.num_classes),
+        study.begun_by,
+        seed=0,
+        inputs=lambda: data.prepare(data.first(0, study.recipe.batch_size).inputs, torch.float64),
+    )
 
 
 def _check_sparsity(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> None:

@@ -78,6 +78,7 @@ class Rewound(Spec):
         whole, network = loaded(self.data), self._network(0)
         models.check_outputs(network, whole.input_shape, whole.num_classes, tag(type(self.model)))
         rule.choose(self.engine, network, whole.input_shape, 1.0, "cpu", self.recipe)
+        self._initial(0)
         self._macs(self.level)
 
     def _chain(self, level: int) -> "Chain":
@@ -129,7 +130,9 @@ class Rewound(Spec):
     # -- training --
 
     def _initial(self, seed: int) -> State:
-        return State(0, *initial_parameters(self._built, self.initialization, seed))
+        whole, size = loaded(self.data), self.recipe.batch_size
+        inputs = lambda: whole.prepare(whole.first(seed, size).inputs, torch.float64)  # noqa: E731
+        return State(0, *initial_parameters(self._built, self.initialization, seed, inputs=inputs))
 
     def _held(self, grown: Readings | None, seed: int) -> State:
         """The end of the level before, theta_k and the dense network's end among its snapshots.

@@ -143,6 +143,7 @@ class Biases(Spec):
     def check(self) -> None:
         """Refuse, by a `SpecError`, a network without BatchNorm, or data that are missing."""
         biases.signs(dict(self._built().state_dict()))
+        self._initial(0)
 
     def num_macs(self) -> int:
         """Multiply-adds of a forward pass of one input; this reads the data."""
@@ -152,12 +153,16 @@ class Biases(Spec):
         whole = loaded(self.data)
         return self.model.build(whole.input_shape, whole.num_classes).to(self.recipe.torch_dtype)
 
+    def _initial(self, seed: int) -> State:
+        whole, size = loaded(self.data), self.recipe.batch_size
+        inputs = lambda: whole.prepare(whole.first(seed, size).inputs, torch.float64)  # noqa: E731
+        return State(0, *initial_parameters(self._built, self.initialization, seed, inputs=inputs))
+
     def run(
         self, seed: int, state: State | None, pulse: Callable[[int, Callable[[], State]], None]
     ) -> Readings:
         """Train with a seed, from the beginning or a state, and read."""
-        params, buffers = initial_parameters(self._built, self.initialization, seed)
-        state = state or State(0, params, buffers)
+        state = state or self._initial(seed)
         with seeds.isolated(seed, "init"):
             network = self._built()
         steps = steps_at(self.moments, self.recipe.steps)

@@ -15,7 +15,7 @@ import traceback
 from contextlib import redirect_stdout
 from typing import Any, BinaryIO
 
-from windfall.spec import Json, canonical
+from windfall.spec import Json, SpecError, canonical
 from windfall.store import Lab
 from windfall.worker import Job, Stopped, Workshop, ended
 
@@ -63,7 +63,7 @@ def _serve(lab: Lab, device: str, messages: BinaryIO, events: BinaryIO) -> None:
             return
         except Exception as problem:
             result, reason = ended(problem)
-            if result == "failed":
+            if result == "failed" and not isinstance(problem, SpecError):
                 traceback.print_exc(file=sys.stderr)
             say("end", result=result, reason=reason)
 

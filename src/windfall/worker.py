@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from windfall import data as datasets
 from windfall import flops, initialize, models, seeds, signs, structure, tickets
-from windfall.data import Dataset, Order
+from windfall.data import Dataset
 from windfall.engines import dispatch, rule
 from windfall.engines.contract import Task
 from windfall.engines.replay import Tell
@@ -224,9 +224,8 @@ class Workshop:
     def _first_batch(self, run: Run, seed: int) -> Tensor:
         """The inputs that a training of this seed begins with, for schemes that look at data."""
         data = self.data(run)
-        order = Order(seed, len(data.train), run.recipe.batch_size)
-        first = torch.from_numpy(order.batch(0)).to(self.device)
-        return data.prepare(data.train.inputs[first], torch.float64)
+        first = data.first(seed, run.recipe.batch_size)
+        return data.prepare(first.inputs, torch.float64).cpu()
 
     def beginning(self, run: Run) -> State:
         """The state at the first step of a run, made from its ancestors in the lab and proved.
@@ -286,7 +285,7 @@ class Workshop:
         return tickets.Surroundings(
             network,
             self._groups_of(run, start, network),
-            lambda num: data.prepare(data.train.inputs[:num].cpu(), dtype),
+            lambda num: data.prepare(data.train.inputs[:num], dtype).cpu(),
             make,
         )
 
