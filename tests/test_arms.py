@@ -7,7 +7,6 @@ import pytest
 from windfall import architecture, spec
 from windfall.arms import (
     DESIGNS,
-    EFFECTS,
     SHIFT,
     Arm,
     Dense,
@@ -29,6 +28,7 @@ from windfall.arms import (
     sized,
 )
 from windfall.data import Digits
+from windfall.effects import EFFECTS
 from windfall.initialize import KaimingNormal
 from windfall.models import Vgg_11, Vgg_13
 from windfall.prune import Continue, LearningRate, Prune, ToStep
@@ -102,6 +102,7 @@ TABLE = {
         (0, STEPS),
     ),
     "shuffled": (Ticket(), "shuffled", FRESH, (0, STEPS)),
+    "shuffled-ticket": (Ticket(), "shuffled", ToStep(step=0), (0, STEPS)),
     "random": (Ticket(), "uniform", FRESH, (0, STEPS)),
     "signed-reinit": (
         Ticket(),
@@ -310,9 +311,9 @@ def test_nothing_is_made_twice():
     for _ in range(2):
         for arm, level in itertools.product(ARMS, (1, 2, 3)):
             arm.run(of, level)
-    # Three dense runs, four chains of three levels, and ten arms on the ticket's masks:
+    # Three dense runs, four chains of three levels, and eleven arms on the ticket's masks:
     # scratch-e is reinit. The two designs are one.
-    assert len(of.runs) == 3 + 4 * 3 + 10 * 3 + 2
+    assert len(of.runs) == 3 + 4 * 3 + 11 * 3 + 2
 
 
 # -- designs ----------------------------------------------------------------------------------
@@ -383,6 +384,7 @@ def test_effects_are_the_comparisons_of_the_design():
         "scratch": ("scratch-b", "finetune"),
         "initialization": ("ticket", "reinit"),
         "connectivity": ("reinit", "shuffled"),
+        "placement": ("ticket", "shuffled-ticket"),
         "allocation": ("shuffled", "random"),
         "architecture": ("reinit", "random"),
         "guided": ("guided", "uniform-width"),

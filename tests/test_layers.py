@@ -17,7 +17,7 @@ LAYERS = {
     "structure, jacobians, activations, signals, tracing, units, compact, architecture, "
     "reconstruction, evidence, filters, saliency, criteria, selection, adjust, prune",
     "laboratory": "files, samples, batches, data, inputs, sparsity, train, runs, pretrained, "
-    "course, measures, products, laboratory, engines, tickets, arms, probes, beginnings, "
+    "course, measures, products, laboratory, engines, tickets, arms, effects, probes, beginnings, "
     "levels, children, transmission, trainability, experiments",
     "studies": "stats, contingency, foretelling, study, graph, suite, luck, settings, states, "
     "store, worker, service, schedule, execute, courses",

@@ -152,6 +152,8 @@ class Family:
                 return self.found("ticket", level), self.fresh()
             case "shuffled" | "random":
                 return stored, self.fresh()
+            case "shuffled-ticket":
+                return stored, self.initial()
             case "signed-reinit" | "signed-constant" | "random-constant":
                 return self.found("ticket", level), self.signs(arm)
             case "other-order" | "other-init":

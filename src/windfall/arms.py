@@ -8,8 +8,7 @@ differ in exactly one thing. Level 0 of every arm is the dense run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -228,6 +227,17 @@ class Shuffled(Spec):
         return family.on_ticket_mask(level, weights=family.fresh(), arrange="shuffled")
 
 
+class ShuffledTicket(Spec):
+    """The ticket's mask permuted inside each layer, and theta_0: other weights of the same network.
+
+    Source: Frankle et al. 2021 (2009.08576), its ablation by shuffling.
+    """
+
+    def run(self, family: Family, level: int) -> str:
+        """The address of the run at a level, at least 1."""
+        return family.on_ticket_mask(level, weights=ToStep(), arrange="shuffled")
+
+
 class Random(Spec):
     """The ticket's count spread uniformly over layers, and theta_0': the parameter count alone."""
 
@@ -360,7 +370,8 @@ class UniformWidth(Spec):
 Design = Guided | Transferred | UniformWidth
 DESIGNS = tuple(tag(member) for member in (Guided, Transferred, UniformWidth))  # not pruned
 
-ARRANGED = tuple(tag(member) for member in (Shuffled, Random))  # of masks, not of channels
+_ARRANGED = (Shuffled, ShuffledTicket, Random)  # of masks, not of channels
+ARRANGED = tuple(tag(member) for member in _ARRANGED)
 SIGNED = tuple(tag(member) for member in (SignedReinit, SignedConstant, RandomConstant))
 
 Arm = Annotated[
@@ -374,6 +385,7 @@ Arm = Annotated[
     | Scratch_B
     | Scratch_B_Plus
     | Shuffled
+    | ShuffledTicket
     | Random
     | SignedReinit
     | SignedConstant
@@ -408,57 +420,3 @@ def sized(arms: Sequence[Arm]) -> tuple[Arm, ...]:
         return UniformWidth(stages=stages, shared=shared)
 
     return tuple(map(settled, arms))
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A comparison and what it isolates.
-
-    Args:
-        name: of the effect.
-        arm: the arm claimed to be better.
-        against: the arm it is compared with.
-        reads: the question it answers.
-        claim: `superior`, or `non-inferior` within the margin.
-        measures: `training` (accuracies, early stop) or `overlap` (of masks).
-    """
-
-    name: str
-    arm: str
-    against: str
-    reads: str
-    claim: Literal["superior", "non-inferior"] = "superior"
-    measures: Literal["training", "overlap"] = "training"
-
-
-EFFECTS = (
-    Effect(
-        "matching", "ticket", "dense", "is the ticket as good as the dense network?", "non-inferior"
-    ),
-    Effect("weights", "finetune", "reinit", "is it what the weights learned?"),
-    Effect("weights-e", "finetune", "scratch-e", "is it what the weights learned?"),
-    Effect("weights-b", "finetune", "scratch-b", "is it so at the dense budget?"),
-    Effect("weights-small-e", "finetune-small", "scratch-e", "and at the papers' small rate?"),
-    Effect("weights-small-b", "finetune-small", "scratch-b", "and that at the dense budget?"),
-    Effect("weights-b-plus", "finetune", "scratch-b-plus", "and if fine-tuning is paid for too?"),
-    Effect("scratch", "scratch-b", "finetune", "is scratch as good at its budget?", "non-inferior"),
-    Effect("initialization", "ticket", "reinit", "is it luck?"),
-    Effect("initialization", "ticket", "scratch-e", "is it luck?"),
-    Effect("connectivity", "reinit", "shuffled", "is it which connections?"),
-    Effect("allocation", "shuffled", "random", "is it how many in which layer?"),
-    Effect("architecture", "reinit", "random", "is it the architecture, the two together?"),
-    Effect("guided", "guided", "uniform-width", "is it the allocation over stages?"),
-    Effect("transferred", "transferred", "uniform-width", "does that allocation carry over?"),
-    Effect("signs", "signed-reinit", "reinit", "is it the signs that theta_0 has?"),
-    Effect("constant", "signed-constant", "random-constant", "and where magnitudes are all one?"),
-    Effect(
-        "signs-alone", "signed-constant", "ticket", "do the signs alone suffice?", "non-inferior"
-    ),
-    Effect("rewinding", "rewind", "ticket", "is it luck after the first steps?"),
-    Effect(
-        "same-init", "other-order", "other-init", "does theta_0 fix the mask?", measures="overlap"
-    ),
-    Effect(
-        "above-chance", "other-init", "chance", "is there overlap without it?", measures="overlap"
-    ),
-)

@@ -10,7 +10,7 @@ from typing import Any
 
 from windfall import flops, seeds, stats
 from windfall import masks as masking
-from windfall.arms import EFFECTS, Effect
+from windfall.effects import EFFECTS, Effect
 from windfall.graph import Node
 from windfall.masks import Masks
 from windfall.spec import Json

@@ -19,8 +19,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from windfall import drawing, plots, words
-from windfall.arms import EFFECTS
 from windfall.drawing import Number, Row
+from windfall.effects import EFFECTS
 from windfall.findings import AT_START
 
 Document = Mapping[str, Any]
@@ -56,6 +56,7 @@ ARMS = {
     "finetune": "the ticket's mask, going on from the trained weights",
     "reinit": "the ticket's mask, from a fresh initialization",
     "shuffled": "that mask permuted inside each layer, from the same fresh initialization",
+    "shuffled-ticket": "that mask, from the original initialization",
     "random": "as many weights anywhere in the network, from the same fresh initialization",
     "signed-reinit": "the ticket's mask, fresh magnitudes with the original initialization's signs",
     "signed-constant": "the ticket's mask, those signs with one magnitude in each layer",
