@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from windfall import drawing, page
+from windfall.arms import Arm
 from windfall.page import render
+from windfall.spec import members
 
 ARMS = ("ticket", "rewind", "finetune", "reinit", "shuffled", "random")
 SAGS = {
@@ -620,3 +623,9 @@ def test_a_study_of_supermasks_has_a_figure_of_the_accuracy_before_any_training(
     made = render(document)
     assert 'id="figure-start"' in made
     assert "Test accuracy before any training (%)" in made
+
+
+def test_every_arm_has_a_look_a_mark_and_words():
+    assert set(members(Arm)) <= set(drawing.LOOKS)
+    assert set(members(Arm)) <= set(page.ARMS)
+    assert {look.marker for look in drawing.LOOKS.values()} <= set(page.MARKS)

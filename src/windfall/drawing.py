@@ -57,7 +57,7 @@ LOOKS = {
     "finetune": Look("green", "^", "finetune"),
     "reinit": Look("vermilion", "D", "reinit"),
     "shuffled": Look("orange", "v", "shuffled"),
-    "shuffled-ticket": Look("leaf", "<", "shuffled ticket"),
+    "shuffled-ticket": Look("leaf", "P", "shuffled ticket"),
     "random": Look("pink", "X", "random"),
     "signed-reinit": Look("green", "s", "signed-reinit"),
     "signed-constant": Look("sky", "^", "signed-constant"),
