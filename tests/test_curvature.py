@@ -186,7 +186,7 @@ class TestSpectralNorm:
         values = torch.linalg.eigvalsh(flat_hessian(by_hand(network), inputs, labels))
         before = {name: value.clone() for name, value in network.state_dict().items()}
         found = curvature.spectral_norm(network, inputs, labels)
-        assert found == pytest.approx(float(values.abs().max()), rel=1e-8)
+        assert found == pytest.approx(float(values.abs().max()), rel=1e-5)
         for name, value in before.items():
             assert torch.equal(network.state_dict()[name], value)
 

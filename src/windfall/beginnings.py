@@ -214,6 +214,10 @@ class Sharpness(Start):
         """The names of what is read."""
         return ["sharpness", "loss"]
 
+    def units(self) -> dict[str, str]:
+        """The units of what is read, by name."""
+        return {"sharpness": "log10 of an eigenvalue", "loss": "log10 of nats"}
+
     def num_steps(self) -> int:
         """One."""
         return 1

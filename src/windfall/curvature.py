@@ -27,6 +27,7 @@ from windfall.masks import Params
 Loss = Literal["squared-error", "cross-entropy"]
 
 TOLERANCE = 1e-6  # relative, of eigenvectors; eigenvalues are then exact to about its square
+ROUGH = 1e-3  # the same of a number that is told by its power of ten
 NUM_AT_ONCE = 256  # samples whose influences are in memory: 50 MB for 100 outputs and 250 nodes
 
 
@@ -53,7 +54,7 @@ def spectral_norm(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
         return math.inf
     if not first.any():
         return 0.0
-    return float(abs(_extreme(operator, 1, "LM")[0]))
+    return float(abs(_extreme(operator, 1, "LM", ROUGH)[0]))
 
 
 def hessian_top(params: Params, goal: Params, inputs: Tensor, loss: Loss, num: int = 5) -> Tensor:
@@ -123,7 +124,9 @@ def _start(operator: Any) -> tuple[Any, np.random.Generator]:
     return stream.standard_normal(operator.shape[0]), stream
 
 
-def _extreme(operator: Any, num: int, which: Literal["LA", "LM"]) -> Any:
+def _extreme(
+    operator: Any, num: int, which: Literal["LA", "LM"], tolerance: float = TOLERANCE
+) -> Any:
     """The largest eigenvalues of a symmetric operator, or those of largest size, [num]."""
     from scipy.sparse.linalg import eigsh
 
@@ -131,7 +134,7 @@ def _extreme(operator: Any, num: int, which: Literal["LA", "LM"]) -> Any:
     options: dict[str, Any] = {
         "v0": first,
         "rng": stream,  # where products leave nothing new
-        "tol": TOLERANCE,
+        "tol": tolerance,
         "return_eigenvectors": False,
     }
     return eigsh(operator, num, which=which, **options)

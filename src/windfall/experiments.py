@@ -140,7 +140,7 @@ def metrics(experiment: AnyExperiment) -> list[str]:
 
 def units(experiment: AnyExperiment) -> dict[str, str]:
     """The units of metrics by name, where they must be told; those of `NAME/LAYER` are NAME's."""
-    return experiment.units() if isinstance(experiment, Transmission) else {}
+    return experiment.units() if isinstance(experiment, Transmission | Sharpness) else {}
 
 
 def num_steps(experiment: AnyExperiment) -> int:
