@@ -209,3 +209,21 @@ def test_a_wrong_setting_names_its_field():
         settings.load("luck", {"experiment.learning_rate": -1})
     with pytest.raises(SpecError, match="has no field `stepz`"):
         settings.load("luck", {"experiment.stepz": 1})
+
+
+def test_a_share_of_networks_has_an_interval_within_what_shares_can_be():
+    study = LaboratoryStudy(
+        name="shares",
+        num_seeds=5,
+        experiment={"kind": "trainability"},
+        arms={"deep": {}},
+        contrasts=[],
+    )
+    values = dict(zip(study.places(), (1.0, 1.0, 1.0, 0.0, 1.0), strict=True))
+    step, names = torch.tensor([9]), study.experiment.metrics()
+    read = {v: dict.fromkeys(names, torch.tensor([v]).double()) for v in (0.0, 1.0)}
+    found = {place: measures.Readings(step, read[v]) for place, v in values.items()}
+    rows = {row["metric"]: row for row in luck.arms(study, found)}
+    for name in ("trains", "trains@0.1"):
+        assert rows[name]["interval"] == list(stats.share_interval(4, 5))
+    assert rows["accuracy"]["interval"] == list(stats.mean_interval([*values.values()]))

@@ -610,3 +610,16 @@ def test_an_unknown_name_is_refused() -> None:
         stats.Claim(GOOD, "better")  # pyright: ignore[reportArgumentType]
     with pytest.raises((ValueError, TypeError), match="method"):
         stats.decide([], method="median")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_share_has_wilsons_interval() -> None:
+    z, n = 1.959963984540054, 5
+    for count in range(n + 1):
+        share = count / n
+        middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+        reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        low, high = stats.share_interval(count, n)
+        assert low == pytest.approx(middle - reach, abs=1e-9)
+        assert high == pytest.approx(middle + reach, abs=1e-9)
+    with pytest.raises(ValueError, match="`count` must lie in"):
+        stats.share_interval(6, 5)

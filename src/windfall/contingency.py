@@ -15,7 +15,7 @@ from typing import Any
 from scipy import stats
 
 from windfall.spec import Json
-from windfall.stats import Interval
+from windfall.stats import Interval, share_interval
 
 PAIR = ("matching", "stable")  # metrics of 0 or 1; Source: 1912.05671, section 4
 
@@ -62,15 +62,10 @@ class Table:
     def interval(self, level: float = 0.95) -> Interval:
         """Wilson's interval of the agreement, for networks that are independent.
 
-        Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference",
-        J. Am. Stat. Assoc. 22, 1927.
-
         Args:
             level: confidence, in (0, 1).
         """
-        test = stats.binomtest(self.both + self.neither, self.total)
-        low, high = test.proportion_ci(level, method="wilson")
-        return Interval(float(low), float(high))
+        return share_interval(self.both + self.neither, self.total, level)
 
     @property
     def phi(self) -> float | None:

@@ -21,7 +21,7 @@ from windfall import dynamics, stats
 from windfall.course import Course
 from windfall.experiments import Experiment, metrics
 from windfall.laboratory import Laboratory
-from windfall.measures import HALF, Outcome, Readings, measured
+from windfall.measures import BINARY, HALF, Outcome, Readings, measured
 from windfall.spec import Json, Spec, decode, digest, merge, nearest
 
 CHANCE = "chance"  # what an arm's ranks are compared with
@@ -134,7 +134,7 @@ Outcomes = Mapping[tuple[str, int], Outcome]
 
 
 def arms(study: LaboratoryStudy, outcomes: Outcomes) -> list[Json]:
-    """Every arm in every metric: the mean over seeds and its 95 % interval.
+    """Every arm in every metric: the mean over seeds and its 95 % interval, Wilson's of shares.
 
     A seed whose run failed makes its rows null.
     """
@@ -146,7 +146,7 @@ def arms(study: LaboratoryStudy, outcomes: Outcomes) -> list[Json]:
             values = [each and _finite(measured(each, metric, living=living)) for _, each in found]
             whole = [value for value in values if value is not None]
             is_whole = len(whole) == len(values)
-            interval = stats.mean_interval(whole) if is_whole else None
+            interval = interval_of(metric, whole) if is_whole else None
             rows.append(
                 {
                     "arm": arm,
@@ -164,6 +164,13 @@ def arms(study: LaboratoryStudy, outcomes: Outcomes) -> list[Json]:
                 }
             )
     return rows
+
+
+def interval_of(metric: str, values: Sequence[float]) -> stats.Interval | None:
+    """The 95 % interval of a mean: Student's, or Wilson's where it is a share of networks."""
+    if metric.partition("@")[0] in BINARY:
+        return stats.share_interval(round(sum(values)), len(values))
+    return stats.mean_interval(values)
 
 
 def _finite(value: float) -> float | None:

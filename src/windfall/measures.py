@@ -16,6 +16,7 @@ from windfall.masks import Params
 HALF = 0.5  # of the share of student nodes that were ahead: what chance gives
 COVERED = 0.95  # correlation above which a teacher node counts as found
 EARLY = 0.25  # of the steps
+BINARY = ("trains", "stable", "matching", "overflows")  # 1 or 0 of a network, a share of several
 START = "@start"  # behind the name of a reading: its first
 SCORED = ("loss", "train-loss", "agreement", "train-agreement")  # as `course.SCORES`
 OF_LAYERS = ("alignment", "early-alignment", "covered", "rank", "winners", "fading", "spread")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from windfall import drawing, dynamics, stats
+from windfall import drawing, dynamics, luck, stats
 from windfall.course import COUPLINGS, Course
 from windfall.drawing import COLORS, NARROW, WIDE
 from windfall.dynamics import THRESHOLDS
@@ -262,7 +262,7 @@ def _standings(found: Found, names: Sequence[str], width_inches: float) -> Figur
                 axes.plot([place] * len(values), values, ".", color=color(place), alpha=0.35)
                 axes.plot(place, float(np.mean(values)), "o", color=color(place))
             if len(values) > 1:
-                interval = stats.mean_interval(values) or ()
+                interval = luck.interval_of(name, values) or ()
                 axes.plot([place, place], interval, color=color(place), linewidth=2)
         axes.set_title(name)
         axes.set_xticks(range(len(found)), list(found), rotation=60, ha="right", fontsize=6)

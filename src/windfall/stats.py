@@ -131,6 +131,24 @@ def mean_interval(values: Sequence[float | int], level: float = 0.95) -> Interva
     return Interval(mean - reach, mean + reach)
 
 
+def share_interval(count: int, num: int, level: float = 0.95) -> Interval:
+    """Return Wilson's confidence interval of a share, count of num independent cases; in [0, 1].
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference",
+    J. Am. Stat. Assoc. 22, 1927.
+
+    Args:
+        count: Cases in which it was so, in 0 ... num.
+        num: At least 1.
+        level: Confidence, in (0, 1).
+    """
+    _check_fraction("level", level)
+    if not 0 <= count <= num or num < 1:
+        raise ValueError(f"`count` must lie in [0, num], num at least 1; got {count} of {num}.")
+    low, high = stats.binomtest(count, num).proportion_ci(level, method="wilson")
+    return Interval(float(low), float(high))
+
+
 def bca_interval(
     values: Sequence[float | int],
     level: float = 0.95,
