@@ -166,7 +166,7 @@ class Start(Spec):
 
     def check(self) -> None:
         """Refuse, by a `SpecError`, data that are missing and schemes that do not fit."""
-        self._begun(0, 2)
+        self._begun(0)
 
     def num_macs(self) -> int:
         """Multiply-adds of a forward pass of one input; this reads the data."""
@@ -176,20 +176,26 @@ class Start(Spec):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
+    @property
+    def _num_seen(self) -> int:
+        """The inputs of a first batch."""
+        raise NotImplementedError
+
     def _built(self) -> nn.Module:
         whole = loaded(self.data)
         return self.model.build(whole.input_shape, whole.num_classes).to(self._dtype)
 
-    def _batch(self, seed: int, num: int) -> tuple[Tensor, Tensor]:
-        """The first inputs that a seed trains on in batches of so many, and their labels."""
-        whole = loaded(self.data)
-        first = whole.first(seed, num)
-        return whole.prepare(first.inputs, self._dtype), first.labels
+    def _batch(self, seed: int) -> tuple[Tensor, Tensor]:
+        """The inputs that a seed trains on first, and their labels."""
+        return loaded(self.data).first(seed, self._num_seen, self._dtype)
 
-    def _begun(self, seed: int, num: int) -> tuple[Params, Params]:
-        """The parameters and buffers of a seed; schemes that look at inputs see so many."""
-        batch = lambda: self._batch(seed, num)[0]  # noqa: E731
-        return initial_parameters(self._built, self.initialization, seed, inputs=batch)
+    def _begun(self, seed: int) -> tuple[Params, Params]:
+        """The parameters and buffers of a seed."""
+
+        def inputs() -> Tensor:
+            return self._batch(seed)[0]
+
+        return initial_parameters(self._built, self.initialization, seed, inputs=inputs)
 
 
 class Sharpness(Start):
@@ -210,6 +216,10 @@ class Sharpness(Start):
 
     num_inputs: PositiveInt = 256
 
+    @property
+    def _num_seen(self) -> int:
+        return self.num_inputs
+
     def metrics(self) -> list[str]:
         """The names of what is read."""
         return ["sharpness", "loss"]
@@ -224,9 +234,9 @@ class Sharpness(Start):
 
     def run(self, seed: int) -> Readings:
         """The readings of a seed's network and inputs."""
-        params, buffers = self._begun(seed, self.num_inputs)
+        params, buffers = self._begun(seed)
         network = given(self._built(), params | buffers).double().train()
-        inputs, labels = self._batch(seed, self.num_inputs)
+        inputs, labels = self._batch(seed)
         with torch.no_grad():
             loss = float(F.cross_entropy(network(inputs.double()), labels))
         bent = curvature.spectral_norm(network, inputs, labels)

@@ -204,8 +204,7 @@ class Stability(Masked):
 
     def _training(self, seed: int) -> Tensor:
         """Training inputs, one batch: the first of the first child's order."""
-        whole = loaded(self.data)
-        return whole.prepare(whole.first(seed, NUM_SEEN).inputs, self.recipe.torch_dtype)
+        return loaded(self.data).first(seed, NUM_SEEN, self.recipe.torch_dtype)[0]
 
     def _lost(self, chance: float) -> dict[str, float]:
         """What is read where a child diverged."""

@@ -93,11 +93,15 @@ class Dataset:
         scale, shift = self._scale_and_shift
         return torch.addcmul(shift.to(dtype), inputs.to(dtype), scale.to(dtype))
 
-    def first(self, seed: int, num: int) -> Part:
-        """What a seed trains on first in batches of so many, as stored; at most all there are."""
+    def first(self, seed: int, num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a seed trains on first in batches of so many, at most all there are, on the CPU.
+
+        The inputs as a network sees them, and their labels.
+        """
         places = torch.from_numpy(Order(seed, len(self.train), min(num, len(self.train))).batch(0))
         places = places.to(self.train.labels.device)
-        return Part(self.train.inputs[places], self.train.labels[places])
+        inputs = self.prepare(self.train.inputs[places], dtype)
+        return inputs.cpu(), self.train.labels[places].cpu()
 
 
 # -- the family ------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def _check_initialization(study: Study, data: Dataset) -> None:
         lambda: study.model.build(data.input_shape, data.num_classes),
         study.begun_by,
         seed=0,
-        inputs=lambda: data.prepare(data.first(0, study.recipe.batch_size).inputs, torch.float64),
+        inputs=lambda: data.first(0, study.recipe.batch_size, torch.float64)[0],
     )
 
 

@@ -130,8 +130,9 @@ class Rewound(Spec):
     # -- training --
 
     def _initial(self, seed: int) -> State:
-        whole, size = loaded(self.data), self.recipe.batch_size
-        inputs = lambda: whole.prepare(whole.first(seed, size).inputs, torch.float64)  # noqa: E731
+        def inputs() -> Tensor:
+            return loaded(self.data).first(seed, self.recipe.batch_size, torch.float64)[0]
+
         return State(0, *initial_parameters(self._built, self.initialization, seed, inputs=inputs))
 
     def _held(self, grown: Readings | None, seed: int) -> State:

@@ -154,8 +154,9 @@ class Biases(Spec):
         return self.model.build(whole.input_shape, whole.num_classes).to(self.recipe.torch_dtype)
 
     def _initial(self, seed: int) -> State:
-        whole, size = loaded(self.data), self.recipe.batch_size
-        inputs = lambda: whole.prepare(whole.first(seed, size).inputs, torch.float64)  # noqa: E731
+        def inputs() -> Tensor:
+            return loaded(self.data).first(seed, self.recipe.batch_size, torch.float64)[0]
+
         return State(0, *initial_parameters(self._built, self.initialization, seed, inputs=inputs))
 
     def run(

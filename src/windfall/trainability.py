@@ -60,6 +60,10 @@ class Trainability(Start):
     def _dtype(self) -> torch.dtype:
         return self.recipe.torch_dtype
 
+    @property
+    def _num_seen(self) -> int:
+        return self.recipe.batch_size
+
     def run(self, seed: int, pulse: Callable[[int], None] = lambda _: None) -> Readings:
         """Train with a seed at every rate.
 
@@ -67,7 +71,7 @@ class Trainability(Start):
             seed: at least 0.
             pulse: called before every step, with the number of steps so far; it may raise to stop.
         """
-        params, buffers = self._begun(seed, self.recipe.batch_size)
+        params, buffers = self._begun(seed)
         found = {"signal": self._signal(params | buffers, seed)}
         for place, rate in enumerate(self.learning_rates):
             recipe = self.recipe.model_copy(update={"learning_rate": rate})
@@ -84,7 +88,7 @@ class Trainability(Start):
 
     @torch.no_grad()
     def _signal(self, tensors: Params, seed: int) -> float:
-        inputs, _ = self._batch(seed, self.recipe.batch_size)
+        inputs, _ = self._batch(seed)
         outputs = torch.func.functional_call(self._built(), tensors, (inputs,))
         one, other = (values.flatten(1) for values in (outputs, inputs))
         ratio = float((one - one.mean(0)).norm()) / float((other - other.mean(0)).norm())

@@ -209,8 +209,10 @@ class Workshop:
         def build() -> nn.Module:
             return made_smaller(run.model.build(data.input_shape, data.num_classes))
 
+        def batch() -> Tensor:
+            return data.first(seed, run.recipe.batch_size, torch.float64)[0]
+
         def drawn(stream: str) -> tuple[Params, Params]:
-            batch = lambda: self._first_batch(run, seed)  # noqa: E731
             return initial_parameters(build, fresh.initialization, seed, stream, batch)
 
         params, buffers = drawn(fresh.stream)
@@ -220,12 +222,6 @@ class Workshop:
         if fresh.signs is not None:
             params = signs.signed(params, drawn(fresh.signs)[0], names)
         return State(0, params, buffers)
-
-    def _first_batch(self, run: Run, seed: int) -> Tensor:
-        """The inputs that a training of this seed begins with, for schemes that look at data."""
-        data = self.data(run)
-        first = data.first(seed, run.recipe.batch_size)
-        return data.prepare(first.inputs, torch.float64).cpu()
 
     def beginning(self, run: Run) -> State:
         """The state at the first step of a run, made from its ancestors in the lab and proved.
