@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_children import FEW, NARROW, grown
 from torch import nn
 
 from windfall import (
@@ -31,32 +32,12 @@ from windfall.store import Lab
 from windfall.train import State
 from windfall.transmission import Transmission
 
-FEW = {
-    "model": {"kind": "mlp", "hidden": [16, 8]},
-    "recipe": {"optimizer": "adam", "learning_rate": 5e-3, "steps": 40, "batch_size": 32,
-               "eval_every": 40},
-    "prune": {"selection": {"kind": "layerwise", "hidden": 0.5, "output": 0.2}},
-    "engine": "separate",
-}  # fmt: skip
-NARROW = {
-    "model": {"kind": "resnet-20", "width": 0.125},
-    "recipe": {"steps": 4, "batch_size": 16, "eval_every": 4},
-    "prune": {"selection": {"kind": "global", "rate": 0.3}},
-    "engine": "separate",
-}
 WILD = {"optimizer": "sgd", "learning_rate": 1e30}
 
 
 def transmission(mask="ticket", level=2, step=10, **changes):
     few = FEW | {"moments": [0, 0.1, 0.5], "num_inputs": 60} | changes
     return checked(lambda: Transmission(mask=mask, level=level, rewind={"step": step}, **few))
-
-
-def grown(experiment, seed=0):
-    """What an experiment read, and all that it begins from."""
-    parent = experiments.parent(experiment)
-    before = grown(parent, seed) if parent else None
-    return experiments.run(experiment, seed, grown=before)
 
 
 def start(of, seed=0):
